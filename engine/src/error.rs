@@ -1,0 +1,62 @@
+//! The engine's one error type: what is wrong, with the thing and the value named.
+
+use std::path::PathBuf;
+
+/// Everything that can go wrong in the engine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A model file is damaged, lies about itself, or is of a kind that is not supported.
+    #[error("invalid model: {0}")]
+    Model(String),
+    /// The model's architecture is not one that the engine trains.
+    #[error("architecture `{0}` is not supported, supported: llama")]
+    UnsupportedArchitecture(String),
+    /// The model's tokenizer cannot be built or does not fit the model.
+    #[error("invalid tokenizer: {0}")]
+    Tokenizer(String),
+    /// A chat template does not compile, does not render, or renders what cannot be masked.
+    #[error("invalid chat template: {0}")]
+    Template(String),
+    /// A hyperparameter is out of its range.
+    #[error(transparent)]
+    Spec(#[from] crate::spec::SpecError),
+    /// An adapter folder is damaged or does not fit the model.
+    #[error("invalid adapter: {0}")]
+    Adapter(String),
+    /// A checkpoint is damaged or belongs to another run.
+    #[error("invalid checkpoint: {0}")]
+    Checkpoint(String),
+    /// An exported file, read back, is not what was written.
+    #[error("export failed its read-back: {0}")]
+    ReadBack(String),
+    /// Training cannot go on (the loss is not a number, for one).
+    #[error("training failed at step {step}: {message}")]
+    Training {
+        /// The step, counted from 1.
+        step: u32,
+        /// What happened.
+        message: String,
+    },
+    /// A tensor operation failed.
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// The engine's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Wraps an I/O error with the path it happened at.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
