@@ -1,1 +1,3 @@
 //! The LoRA daemon.
+
+pub mod config;
