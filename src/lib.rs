@@ -1,3 +1,4 @@
 //! The LoRA daemon.
 
 pub mod config;
+pub mod storage;
