@@ -1,4 +1,5 @@
 //! The LoRA daemon.
 
 pub mod config;
+pub mod hub;
 pub mod storage;
