@@ -1,5 +1,7 @@
-//! The LoRA daemon.
+//! The LoRA daemon: a self-hosted fine-tuning server with OpenAI's API.
 
 pub mod config;
 pub mod hub;
 pub mod storage;
+pub mod store;
+pub mod types;

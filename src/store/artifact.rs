@@ -1,0 +1,77 @@
+//! The table `artifact`.
+
+use sqlx::SqliteConnection;
+
+use super::Result;
+use crate::types::artifact::{Artifact, ArtifactType, Quantization};
+use crate::types::ids::{ArtifactId, AttemptId, JobId};
+
+/// Adds an artifact in the place of an earlier one of the same kind, and tells where the bytes of that one are.
+///
+/// # Errors
+/// The database failed.
+pub async fn replace(conn: &mut SqliteConnection, artifact: &Artifact) -> Result<Option<String>> {
+    let replaced = sqlx::query_scalar!(
+        "delete from artifact where job_id = ? and type = ? and quantization is ? returning object_key",
+        artifact.job_id,
+        artifact.kind,
+        artifact.quantization,
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    sqlx::query!(
+        "insert into artifact (id, job_id, attempt_id, type, quantization, filename, object_key, size_bytes, sha256, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        artifact.id,
+        artifact.job_id,
+        artifact.attempt_id,
+        artifact.kind,
+        artifact.quantization,
+        artifact.filename,
+        artifact.object_key,
+        artifact.size_bytes,
+        artifact.sha256,
+        artifact.created_at_ms,
+    )
+    .execute(conn)
+    .await?;
+    Ok(replaced)
+}
+
+/// The artifacts of a job, in the order in which they were made.
+///
+/// # Errors
+/// The database failed.
+pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Artifact>> {
+    let artifacts = sqlx::query_as!(
+        Artifact,
+        r#"select id as "id: ArtifactId", job_id as "job_id: JobId", attempt_id as "attempt_id: AttemptId",
+                  type as "kind: ArtifactType", quantization as "quantization: Quantization", filename, object_key,
+                  size_bytes, sha256, created_at_ms
+             from artifact where job_id = ? order by id"#,
+        job_id,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(artifacts)
+}
+
+/// The artifact, if this owner has it.
+///
+/// # Errors
+/// The database failed.
+pub async fn find(conn: &mut SqliteConnection, id: ArtifactId, owner: &str) -> Result<Option<Artifact>> {
+    let artifact = sqlx::query_as!(
+        Artifact,
+        r#"select artifact.id as "id: ArtifactId", job_id as "job_id: JobId", attempt_id as "attempt_id: AttemptId",
+                  type as "kind: ArtifactType", quantization as "quantization: Quantization", filename, object_key,
+                  size_bytes, sha256, artifact.created_at_ms
+             from artifact join job on job.id = artifact.job_id
+            where artifact.id = ? and job.owner = ?"#,
+        id,
+        owner,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(artifact)
+}

@@ -1,0 +1,303 @@
+//! The table `job`.
+
+use sqlx::SqliteConnection;
+
+use super::{Error, Result, from_json, to_json};
+use crate::types::ids::{FileId, JobId};
+use crate::types::job::{Job, JobError, Metadata, Status};
+
+struct Row {
+    id: JobId,
+    owner: String,
+    status: Status,
+    spec: String,
+    model_name: String,
+    trained_tokens: Option<i64>,
+    total_steps: Option<i64>,
+    result_file_id: Option<FileId>,
+    error_code: Option<String>,
+    error_message: Option<String>,
+    error_param: Option<String>,
+    attempts_without_progress: i64,
+    created_at_ms: i64,
+    validated_at_ms: Option<i64>,
+    started_at_ms: Option<i64>,
+    finished_at_ms: Option<i64>,
+}
+
+impl TryFrom<Row> for Job {
+    type Error = Error;
+
+    fn try_from(row: Row) -> Result<Self> {
+        let error = match (row.error_code, row.error_message) {
+            (Some(code), Some(message)) => Some(JobError { code, message, param: row.error_param }),
+            _ => None,
+        };
+        Ok(Self {
+            id: row.id,
+            owner: row.owner,
+            status: row.status,
+            spec: from_json("job.spec", &row.spec)?,
+            model_name: row.model_name,
+            trained_tokens: row.trained_tokens,
+            total_steps: row.total_steps,
+            result_file_id: row.result_file_id,
+            error,
+            attempts_without_progress: row.attempts_without_progress,
+            created_at_ms: row.created_at_ms,
+            validated_at_ms: row.validated_at_ms,
+            started_at_ms: row.started_at_ms,
+            finished_at_ms: row.finished_at_ms,
+        })
+    }
+}
+
+fn jobs(rows: Vec<Row>) -> Result<Vec<Job>> {
+    rows.into_iter().map(Job::try_from).collect()
+}
+
+/// Adds a job, with its request as it came.
+///
+/// # Errors
+/// The database failed.
+pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: &str) -> Result<()> {
+    let spec = to_json("job.spec", &job.spec)?;
+    sqlx::query!(
+        "insert into job (id, owner, status, base_model, request, spec, training_file_id, model_name, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        job.id,
+        job.owner,
+        job.status,
+        job.spec.model,
+        request,
+        spec,
+        job.spec.training_file,
+        job.model_name,
+        job.created_at_ms,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// The job.
+///
+/// # Errors
+/// The database failed.
+pub async fn get(conn: &mut SqliteConnection, id: JobId) -> Result<Option<Job>> {
+    let row = sqlx::query_as!(
+        Row,
+        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
+                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
+                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
+             from job where id = ?"#,
+        id,
+    )
+    .fetch_optional(conn)
+    .await?;
+    row.map(Job::try_from).transpose()
+}
+
+/// The job, if this owner has it.
+///
+/// # Errors
+/// The database failed.
+pub async fn find(conn: &mut SqliteConnection, id: JobId, owner: &str) -> Result<Option<Job>> {
+    Ok(get(conn, id).await?.filter(|job| job.owner == owner))
+}
+
+/// Which jobs a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Only those older than this one.
+    pub after: Option<JobId>,
+    /// Only those with all of these labels.
+    pub metadata: Metadata,
+    /// Only those without labels.
+    pub without_metadata: bool,
+    /// At most so many.
+    pub limit: i64,
+}
+
+/// This owner's jobs, newest first.
+///
+/// # Errors
+/// The database failed.
+pub async fn list(conn: &mut SqliteConnection, owner: &str, filter: &Filter) -> Result<Vec<Job>> {
+    let labels = to_json("job.spec", &filter.metadata)?;
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
+                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
+                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
+             from job
+            where owner = ?1 and (?2 is null or id < ?2)
+              and (not ?3 or json_extract(spec, '$.metadata') is null)
+              and not exists (select 1 from json_each(?4) as wanted
+                               where not exists (select 1 from json_each(spec, '$.metadata') as label
+                                                  where label.key = wanted.key and label.value = wanted.value))
+            order by id desc limit ?5"#,
+        owner,
+        filter.after,
+        filter.without_metadata,
+        labels,
+        filter.limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    jobs(rows)
+}
+
+/// This owner's jobs that made a model, newest first.
+///
+/// # Errors
+/// The database failed.
+pub async fn succeeded(conn: &mut SqliteConnection, owner: &str) -> Result<Vec<Job>> {
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
+                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
+                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
+             from job where owner = ? and status = 'succeeded' order by id desc"#,
+        owner,
+    )
+    .fetch_all(conn)
+    .await?;
+    jobs(rows)
+}
+
+/// The oldest job whose data set has to be read and that no attempt works for.
+///
+/// # Errors
+/// The database failed.
+pub async fn next_to_validate(conn: &mut SqliteConnection) -> Result<Option<Job>> {
+    let row = sqlx::query_as!(
+        Row,
+        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
+                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
+                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
+             from job
+            where status = 'validating_files'
+              and not exists (select 1 from attempt where attempt.job_id = job.id and attempt.state <> 'ended')
+            order by id limit 1"#,
+    )
+    .fetch_optional(conn)
+    .await?;
+    row.map(Job::try_from).transpose()
+}
+
+/// The next job to train: one that was interrupted before one that waits, then the oldest.
+///
+/// # Errors
+/// The database failed.
+pub async fn next_to_train(conn: &mut SqliteConnection) -> Result<Option<Job>> {
+    let row = sqlx::query_as!(
+        Row,
+        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
+                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
+                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
+             from job
+            where status in ('running', 'queued')
+              and not exists (select 1 from attempt where attempt.job_id = job.id and attempt.state <> 'ended')
+            order by status desc, id limit 1"#,
+    )
+    .fetch_optional(conn)
+    .await?;
+    row.map(Job::try_from).transpose()
+}
+
+/// Takes a job from one state to the next; `false`: it was not in that state any more.
+///
+/// # Errors
+/// The database failed.
+pub async fn transition(conn: &mut SqliteConnection, id: JobId, from: Status, to: Status, now_ms: i64) -> Result<bool> {
+    debug_assert!(from.may_become(to), "{from} may not become {to}");
+    let is_final = to.is_final();
+    let done = sqlx::query!(
+        "update job
+            set status = ?2,
+                validated_at_ms = case when ?1 = 'validating_files' and ?2 = 'queued' then ?3 else validated_at_ms end,
+                started_at_ms = case when ?2 = 'running' then coalesce(started_at_ms, ?3) else started_at_ms end,
+                finished_at_ms = case when ?4 then ?3 else finished_at_ms end
+          where id = ?5 and status = ?1",
+        from,
+        to,
+        now_ms,
+        is_final,
+        id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Writes down why a job failed.
+///
+/// # Errors
+/// The database failed.
+pub async fn set_error(conn: &mut SqliteConnection, id: JobId, error: &JobError) -> Result<()> {
+    sqlx::query!(
+        "update job set error_code = ?, error_message = ?, error_param = ? where id = ?",
+        error.code,
+        error.message,
+        error.param,
+        id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Writes down what a training came to.
+///
+/// # Errors
+/// The database failed.
+pub async fn set_result(
+    conn: &mut SqliteConnection,
+    id: JobId,
+    result_file_id: FileId,
+    trained_tokens: Option<i64>,
+) -> Result<()> {
+    sqlx::query!(
+        "update job set result_file_id = ?, trained_tokens = ? where id = ?",
+        result_file_id,
+        trained_tokens,
+        id
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// Writes down how many steps the run has.
+///
+/// # Errors
+/// The database failed.
+pub async fn set_total_steps(conn: &mut SqliteConnection, id: JobId, total_steps: i64) -> Result<()> {
+    sqlx::query!("update job set total_steps = ? where id = ?", total_steps, id).execute(conn).await?;
+    Ok(())
+}
+
+/// Counts attempts in a row that left nothing: 0 begins anew.
+///
+/// # Errors
+/// The database failed.
+pub async fn set_attempts_without_progress(conn: &mut SqliteConnection, id: JobId, count: i64) -> Result<()> {
+    sqlx::query!("update job set attempts_without_progress = ? where id = ?", count, id).execute(conn).await?;
+    Ok(())
+}
+
+/// An unfinished job that needs this file.
+///
+/// # Errors
+/// The database failed.
+pub async fn unfinished_with_file(conn: &mut SqliteConnection, file_id: FileId) -> Result<Option<JobId>> {
+    let id = sqlx::query_scalar!(
+        r#"select id as "id: JobId" from job
+            where training_file_id = ? and status not in ('succeeded', 'failed', 'cancelled') limit 1"#,
+        file_id,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(id)
+}

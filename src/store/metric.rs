@@ -1,0 +1,67 @@
+//! The table `job_metric`: one row a step, whoever trained it how often.
+
+use sqlx::SqliteConnection;
+
+use super::Result;
+use crate::types::ids::JobId;
+use crate::types::metric::Metric;
+
+/// Adds a step's figures, unless they are there already.
+///
+/// # Errors
+/// The database failed.
+pub async fn insert(conn: &mut SqliteConnection, job_id: JobId, metric: &Metric, now_ms: i64) -> Result<bool> {
+    let done = sqlx::query!(
+        "insert into job_metric (job_id, step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate,
+                                 grad_norm, trained_tokens, step_ms, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+         on conflict (job_id, step) do nothing",
+        job_id,
+        metric.step,
+        metric.total_steps,
+        metric.epoch,
+        metric.train_loss,
+        metric.train_mean_token_accuracy,
+        metric.learning_rate,
+        metric.grad_norm,
+        metric.trained_tokens,
+        metric.step_ms,
+        now_ms,
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// The figures of one step.
+///
+/// # Errors
+/// The database failed.
+pub async fn find(conn: &mut SqliteConnection, job_id: JobId, step: i64) -> Result<Option<Metric>> {
+    let metric = sqlx::query_as!(
+        Metric,
+        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms
+           from job_metric where job_id = ? and step = ?",
+        job_id,
+        step,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(metric)
+}
+
+/// The figures of every step, in order.
+///
+/// # Errors
+/// The database failed.
+pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Metric>> {
+    let metrics = sqlx::query_as!(
+        Metric,
+        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms
+           from job_metric where job_id = ? order by step",
+        job_id,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(metrics)
+}

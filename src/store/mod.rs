@@ -1,0 +1,93 @@
+//! The database: opening it, and one function a query. The functions take a connection, so that they compose in a transaction.
+
+pub mod artifact;
+pub mod attempt;
+pub mod checkpoint;
+pub mod event;
+pub mod file;
+pub mod job;
+pub mod metric;
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Sqlite, SqlitePool, Transaction};
+
+/// What can go wrong with the database.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// SQLite, or the disk below it, failed.
+    #[error("database failed: {0}")]
+    Database(#[from] sqlx::Error),
+    /// The schema cannot be brought up to date.
+    #[error("database migration failed: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    /// A JSON column does not hold what this build writes there.
+    #[error("database column {column} cannot be read: {source}")]
+    Json {
+        /// Table and column.
+        column: &'static str,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+}
+
+/// The store's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A handle on the database; clones share its connections.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: SqlitePool,
+}
+
+impl Store {
+    /// Opens the database file, makes it where there is none, and brings its schema up to date.
+    ///
+    /// # Errors
+    /// A file that cannot be opened or is no database, a schema of a newer build.
+    pub async fn open(path: &Path) -> Result<Self> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // FULL: what a client was told is still true after a power cut.
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            .busy_timeout(Duration::from_secs(10));
+        let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
+        sqlx::migrate!().run(&pool).await?;
+        Ok(Self { pool })
+    }
+
+    /// A connection to read with.
+    ///
+    /// # Errors
+    /// No connection came free, or none could be made.
+    pub async fn read(&self) -> Result<PoolConnection<Sqlite>> {
+        Ok(self.pool.acquire().await?)
+    }
+
+    /// Begins a transaction that writes: it waits here for other writers, so that it cannot fail half-way for them.
+    ///
+    /// # Errors
+    /// Another writer did not end in time.
+    pub async fn begin_write(&self) -> Result<Transaction<'static, Sqlite>> {
+        Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
+    }
+
+    /// Closes every connection, after which the write-ahead log is folded into the file.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(column: &'static str, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|source| Error::Json { column, source })
+}
+
+fn to_json<T: serde::Serialize>(column: &'static str, value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|source| Error::Json { column, source })
+}

@@ -1,0 +1,392 @@
+//! A job specification: a request that was checked once, so that nothing behind it checks again.
+
+use lorad_engine::spec::{DatasetOptions, LoraOptions, TrainOptions, TrainSpec, TrainingOptions};
+use serde::{Deserialize, Serialize};
+
+use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use super::ids::FileId;
+use super::job::Metadata;
+use super::job_request::{
+    AutoOr, DatasetFields, HyperparametersRequest, JobRequest, LoraFields, MethodRequest, TrainingFields,
+};
+
+/// A request that cannot be carried out: which field, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Invalid {
+    /// Path of the field, as the caller wrote it; absent where the body as a whole is wrong.
+    pub param: Option<String>,
+    /// Names the field and the value, and what would be right.
+    pub message: String,
+}
+
+impl Invalid {
+    fn new(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), message: message.into() }
+    }
+}
+
+/// What a job is to do, with every default filled in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// The base model, as the request named it.
+    pub model: String,
+    /// The data set.
+    pub training_file: FileId,
+    /// Part of the model's name.
+    pub suffix: Option<String>,
+    /// The caller's labels.
+    pub metadata: Option<Metadata>,
+    /// OpenAI's three hyperparameters, as the caller gave them.
+    pub hyperparameters: HyperparametersRequest,
+    /// Every hyperparameter, resolved.
+    pub train: TrainSpec,
+    /// Files to leave behind.
+    pub artifacts: Vec<ArtifactRequest>,
+}
+
+impl JobSpec {
+    /// Checks a request's body.
+    ///
+    /// # Errors
+    /// The first field that is unknown, of the wrong type, out of range or not supported.
+    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
+        let request = read(body)?;
+        refuse_unsupported(&request)?;
+        if let Some(suffix) = &request.suffix {
+            check_suffix(suffix)?;
+        }
+        if let Some(metadata) = &request.metadata {
+            check_metadata(metadata)?;
+        }
+        let training_file = request.training_file.parse();
+        let training_file =
+            training_file.map_err(|right| Invalid::new("training_file", format!("training_file {right}")))?;
+        let (hyperparameters, place) = hyperparameters(&request)?;
+        let options = options(&request, hyperparameters);
+        let train = TrainSpec::resolve(&options).map_err(|error| {
+            let inner = matches!(error.field, "n_epochs" | "batch_size" | "learning_rate_multiplier");
+            let param = if inner { format!("{place}.{}", error.field) } else { error.field.to_owned() };
+            Invalid::new(param, error.message)
+        })?;
+        let artifacts = artifacts(request.artifacts)?;
+        Ok(Self {
+            model: request.model,
+            training_file,
+            suffix: request.suffix,
+            metadata: request.metadata,
+            hyperparameters,
+            train,
+            artifacts,
+        })
+    }
+}
+
+fn read(body: &[u8]) -> Result<JobRequest, Invalid> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let request: JobRequest = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if inner.is_data() {
+            field_error(&path, &inner.to_string())
+        } else {
+            Invalid { param: None, message: format!("the body is not valid JSON: {inner}") }
+        }
+    })?;
+    let end = deserializer.end();
+    end.map_err(|error| Invalid { param: None, message: format!("the body is not valid JSON: {error}") })?;
+    Ok(request)
+}
+
+/// Serde names the container of a missing or unknown field in the path, and the field itself in the message.
+fn field_error(path: &str, message: &str) -> Invalid {
+    let message = message.split(" at line ").next().unwrap_or(message);
+    let parent = if path == "." { "" } else { path };
+    for kind in ["unknown field `", "missing field `"] {
+        let Some(name) = message.strip_prefix(kind).and_then(|rest| rest.split('`').next()) else { continue };
+        let already = parent == name || parent.ends_with(&format!(".{name}"));
+        let param = if parent.is_empty() || already { name_or(parent, name) } else { format!("{parent}.{name}") };
+        return Invalid::new(param.clone(), message.replacen(&format!("`{name}`"), &format!("`{param}`"), 1));
+    }
+    if parent.is_empty() {
+        return Invalid { param: None, message: format!("the body must be an object: {message}") };
+    }
+    Invalid::new(parent, format!("{parent}: {message}"))
+}
+
+fn name_or(parent: &str, name: &str) -> String {
+    if parent.is_empty() { name.to_owned() } else { parent.to_owned() }
+}
+
+/// Fields that OpenAI or lorad defines and this version cannot honour yet: silence would train another model than was asked for.
+fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
+    let unsupported = |field: &str, given: bool, value: &dyn std::fmt::Debug, only: &str| {
+        if given {
+            return Err(Invalid::new(field, format!("{field} `{value:?}` is not supported yet, it must be {only}")));
+        }
+        Ok(())
+    };
+    let MethodRequest { kind, dpo, reinforcement, .. } = &request.method.clone().unwrap_or_else(default_method);
+    unsupported("method.type", kind != "supervised", kind, "supervised")?;
+    unsupported("method.dpo", dpo.is_some(), dpo, "null")?;
+    unsupported("method.reinforcement", reinforcement.is_some(), reinforcement, "null")?;
+    unsupported("validation_file", request.validation_file.is_some(), &request.validation_file, "null")?;
+    let integrations = request.integrations.as_deref().unwrap_or_default();
+    unsupported("integrations", !integrations.is_empty(), &integrations, "null or empty")?;
+    let quantization = request.quantization.as_deref().unwrap_or("auto");
+    unsupported("quantization", quantization != "auto", &quantization, "auto")?;
+    let priority = request.priority.unwrap_or(0);
+    unsupported("priority", priority != 0, &priority, "0")?;
+    if let Some(LoraFields { dropout, init_from, .. }) = &request.lora {
+        unsupported("lora.dropout", dropout.is_some_and(|dropout| dropout != 0.0), dropout, "0")?;
+        unsupported("lora.init_from", init_from.is_some(), init_from, "null")?;
+    }
+    if let Some(DatasetFields { columns, .. }) = &request.dataset {
+        unsupported("dataset.columns", columns.is_some(), columns, "null")?;
+    }
+    if let Some(training) = &request.training {
+        let compute = training.compute.as_deref().unwrap_or("auto");
+        unsupported("training.compute", !matches!(compute, "auto" | "f32"), &compute, "auto or f32")?;
+        unsupported("training.packing", training.packing == Some(false), &training.packing, "true")?;
+        unsupported("training.eval_steps", training.eval_steps.is_some(), &training.eval_steps, "null")?;
+        let early_stopping = &training.early_stopping;
+        unsupported("training.early_stopping", early_stopping.is_some(), early_stopping, "null")?;
+    }
+    Ok(())
+}
+
+fn default_method() -> MethodRequest {
+    MethodRequest { kind: "supervised".into(), supervised: None, dpo: None, reinforcement: None }
+}
+
+fn check_suffix(suffix: &str) -> Result<(), Invalid> {
+    let fits = (1..=64).contains(&suffix.len());
+    let plain = suffix.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    if fits && plain {
+        return Ok(());
+    }
+    let message = format!("suffix must be 1 to 64 letters, digits, `.`, `_` or `-`, got `{suffix}`");
+    Err(Invalid::new("suffix", message))
+}
+
+fn check_metadata(metadata: &Metadata) -> Result<(), Invalid> {
+    if metadata.len() > 16 {
+        return Err(Invalid::new("metadata", format!("metadata must have at most 16 keys, got `{}`", metadata.len())));
+    }
+    for (key, value) in metadata {
+        if key.chars().count() > 64 {
+            return Err(Invalid::new(
+                "metadata",
+                format!("metadata keys must have at most 64 characters, got `{key}`"),
+            ));
+        }
+        let length = value.chars().count();
+        if length > 512 {
+            let message = format!("metadata.{key} must have at most 512 characters, got `{length}`");
+            return Err(Invalid::new(format!("metadata.{key}"), message));
+        }
+    }
+    Ok(())
+}
+
+/// OpenAI's three hyperparameters from whichever of their two places the caller used, and that place.
+fn hyperparameters(request: &JobRequest) -> Result<(HyperparametersRequest, &'static str), Invalid> {
+    const OLD: &str = "hyperparameters";
+    const NEW: &str = "method.supervised.hyperparameters";
+    let new = request.method.as_ref().and_then(|method| method.supervised).and_then(|method| method.hyperparameters);
+    let (given, place) = match (request.hyperparameters, new) {
+        (None, None) => (HyperparametersRequest::default(), NEW),
+        (Some(old), None) => (old, OLD),
+        (None, Some(new)) => (new, NEW),
+        (Some(old), Some(new)) if with_auto(old) == with_auto(new) => (new, NEW),
+        (Some(_), Some(_)) => {
+            return Err(Invalid::new(OLD, format!("{OLD} and {NEW} differ: give them in one place")));
+        }
+    };
+    Ok((with_auto(given), place))
+}
+
+fn with_auto(given: HyperparametersRequest) -> HyperparametersRequest {
+    HyperparametersRequest {
+        n_epochs: Some(given.n_epochs.unwrap_or(AutoOr::AUTO)),
+        batch_size: Some(given.batch_size.unwrap_or(AutoOr::AUTO)),
+        learning_rate_multiplier: Some(given.learning_rate_multiplier.unwrap_or(AutoOr::AUTO)),
+    }
+}
+
+fn options(request: &JobRequest, hyperparameters: HyperparametersRequest) -> TrainOptions {
+    let LoraFields { r, alpha, use_rslora, target_modules, .. } = request.lora.clone().unwrap_or_default();
+    let DatasetFields { format, template, train_on, .. } = request.dataset.clone().unwrap_or_default();
+    TrainOptions {
+        seed: request.seed,
+        n_epochs: hyperparameters.n_epochs.and_then(AutoOr::value),
+        batch_size: hyperparameters.batch_size.and_then(AutoOr::value),
+        learning_rate_multiplier: hyperparameters.learning_rate_multiplier.and_then(AutoOr::value),
+        lora: LoraOptions { r, alpha, use_rslora, target_modules },
+        training: training_options(request.training.clone().unwrap_or_default()),
+        dataset: DatasetOptions { format, template, train_on },
+    }
+}
+
+fn training_options(fields: TrainingFields) -> TrainingOptions {
+    TrainingOptions {
+        max_steps: fields.max_steps,
+        micro_batch_size: fields.micro_batch_size,
+        gradient_accumulation_steps: fields.gradient_accumulation_steps,
+        learning_rate: fields.learning_rate,
+        warmup_steps: fields.warmup_steps,
+        lr_scheduler: fields.lr_scheduler,
+        weight_decay: fields.weight_decay,
+        optimizer: fields.optimizer,
+        max_grad_norm: fields.max_grad_norm,
+        max_seq_length: fields.max_seq_length,
+        shuffle: fields.shuffle,
+        gradient_checkpointing: fields.gradient_checkpointing,
+        save_steps: fields.save_steps,
+    }
+}
+
+fn artifacts(requested: Option<Vec<ArtifactRequest>>) -> Result<Vec<ArtifactRequest>, Invalid> {
+    let adapter = ArtifactRequest { kind: ArtifactType::Adapter, quantization: None };
+    let gguf = ArtifactRequest { kind: ArtifactType::Gguf, quantization: Some(Quantization::Q8_0) };
+    let Some(requested) = requested else { return Ok(vec![adapter, gguf]) };
+    if requested.is_empty() {
+        return Err(Invalid::new("artifacts", "artifacts must name at least one artifact, got `[]`"));
+    }
+    let mut artifacts = Vec::with_capacity(requested.len());
+    for (index, request) in requested.into_iter().enumerate() {
+        let artifact = match (request.kind, request.quantization) {
+            (ArtifactType::Adapter, None) | (ArtifactType::Gguf, Some(_)) => request,
+            (ArtifactType::Gguf, None) => gguf,
+            (ArtifactType::Adapter, Some(quantization)) => {
+                let param = format!("artifacts[{index}].quantization");
+                let message = format!("{param} must be absent for an adapter, got `{quantization}`");
+                return Err(Invalid::new(param, message));
+            }
+        };
+        if artifacts.contains(&artifact) {
+            let param = format!("artifacts[{index}]");
+            return Err(Invalid::new(param.clone(), format!("{param} is asked for twice")));
+        }
+        artifacts.push(artifact);
+    }
+    Ok(artifacts)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn request(changes: Value) -> Vec<u8> {
+        let mut body = json!({"model": "tiny", "training_file": FileId::new()});
+        let Value::Object(changes) = changes else { panic!("changes are an object") };
+        for (key, value) in changes {
+            body[key] = value;
+        }
+        body.to_string().into_bytes()
+    }
+
+    fn refused(changes: Value) -> (Option<String>, String) {
+        let invalid = JobSpec::parse(&request(changes)).expect_err("must be refused");
+        (invalid.param, invalid.message)
+    }
+
+    #[test]
+    fn a_minimal_request_gets_the_defaults() {
+        let spec = JobSpec::parse(&request(json!({}))).expect("a good request");
+        assert_eq!(spec.train, TrainSpec::default());
+        assert_eq!(spec.hyperparameters.n_epochs, Some(AutoOr::AUTO));
+        assert_eq!(spec.artifacts.len(), 2);
+        let stored = serde_json::to_string(&spec).expect("a spec is JSON");
+        assert_eq!(serde_json::from_str::<JobSpec>(&stored).expect("and reads back"), spec);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_by_its_path() {
+        let cases = [
+            (json!({"modle": "x"}), "modle"),
+            (json!({"lora": {"rank": 8}}), "lora.rank"),
+            (json!({"lora": {"r": 0}}), "lora.r"),
+            (json!({"lora": {"r": -1}}), "lora.r"),
+            (json!({"lora": {"r": "8"}}), "lora.r"),
+            (json!({"lora": {"dropout": 0.1}}), "lora.dropout"),
+            (json!({"lora": {"init_from": "artifact-1"}}), "lora.init_from"),
+            (json!({"lora": {"target_modules": ["lm_head"]}}), "lora.target_modules"),
+            (json!({"training": {"learning_rate": -1}}), "training.learning_rate"),
+            (json!({"training": {"lr_scheduler": "cosine"}}), "training.lr_scheduler"),
+            (json!({"training": {"packing": false}}), "training.packing"),
+            (json!({"training": {"compute": "bf16"}}), "training.compute"),
+            (json!({"training": {"early_stopping": {"patience": 3}}}), "training.early_stopping"),
+            (json!({"dataset": {"format": "sharegpt"}}), "dataset.format"),
+            (json!({"dataset": {"columns": {"a": "b"}}}), "dataset.columns"),
+            (json!({"method": {"type": "dpo", "dpo": {}}}), "method.type"),
+            (json!({"method": {"kind": "supervised"}}), "method.kind"),
+            (json!({"method": {}}), "method.type"),
+            (json!({"hyperparameters": {"batch_size": 0}}), "hyperparameters.batch_size"),
+            (json!({"hyperparameters": {"n_epochs": "many"}}), "hyperparameters.n_epochs"),
+            (
+                json!({"method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 0}}}}),
+                "method.supervised.hyperparameters.batch_size",
+            ),
+            (
+                json!({"method": {"type": "supervised", "supervised": {"hyperparameters": {"epochs": 1}}}}),
+                "method.supervised.hyperparameters.epochs",
+            ),
+            (json!({"validation_file": "file-1"}), "validation_file"),
+            (json!({"integrations": [{"type": "wandb"}]}), "integrations"),
+            (json!({"quantization": "nf4"}), "quantization"),
+            (json!({"priority": 1}), "priority"),
+            (json!({"suffix": "a:b"}), "suffix"),
+            (json!({"suffix": ""}), "suffix"),
+            (json!({"seed": -1}), "seed"),
+            (json!({"metadata": {"key": "v".repeat(513)}}), "metadata.key"),
+            (json!({"artifacts": []}), "artifacts"),
+            (json!({"artifacts": [{"type": "adapter"}, {"type": "adapter"}]}), "artifacts[1]"),
+            (json!({"artifacts": [{"type": "adapter", "quantization": "f16"}]}), "artifacts[0].quantization"),
+            (json!({"artifacts": [{"type": "gguf", "quantization": "q4_k_m"}]}), "artifacts[0].quantization"),
+            (json!({"training_file": "nope"}), "training_file"),
+            (json!({"training_file": null}), "training_file"),
+        ];
+        for (changes, field) in cases {
+            let shown = changes.to_string();
+            let (param, message) = refused(changes);
+            assert_eq!(param.as_deref(), Some(field), "{shown}: {message}");
+            let last = field.rsplit('.').next().unwrap_or(field);
+            assert!(message.contains(last), "{shown}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_missing_field_and_broken_json_are_told_apart() {
+        let missing = JobSpec::parse(br#"{"model": "tiny"}"#).expect_err("no file");
+        assert_eq!(missing.param.as_deref(), Some("training_file"));
+        for broken in [&b"{"[..], b"", b"{} {}", b"\xff"] {
+            let error = JobSpec::parse(broken).expect_err("not JSON");
+            assert!(error.param.is_none() || broken == b"{} {}", "{error}");
+        }
+        assert_eq!(JobSpec::parse(b"[]").expect_err("no object").param, None);
+    }
+
+    #[test]
+    fn a_field_that_holds_its_default_is_fine() {
+        let spec = JobSpec::parse(&request(json!({
+            "validation_file": null, "integrations": [], "priority": 0, "quantization": "auto", "suffix": null,
+            "lora": {"dropout": 0.0, "init_from": null}, "dataset": {"columns": null, "template": "auto"},
+            "training": {"compute": "f32", "packing": true, "eval_steps": null, "optimizer": "adamw"},
+            "hyperparameters": {"n_epochs": "auto"},
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto"}}},
+        })));
+        assert_eq!(spec.expect("all defaults").train, TrainSpec::default());
+    }
+
+    #[test]
+    fn the_two_places_of_the_hyperparameters_must_agree() {
+        let method = |n: u32| json!({"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": n}}});
+        let (param, _) = refused(json!({"hyperparameters": {"n_epochs": 2}, "method": method(3)}));
+        assert_eq!(param.as_deref(), Some("hyperparameters"));
+        let same = JobSpec::parse(&request(json!({"hyperparameters": {"n_epochs": 3}, "method": method(3)})));
+        assert_eq!(same.expect("they agree").train.n_epochs, 3);
+    }
+}

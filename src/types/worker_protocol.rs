@@ -1,0 +1,213 @@
+//! What a worker and the server say to each other, version 1.
+//!
+//! Every request carries `Authorization: Bearer <attempt token>` and [`VERSION_HEADER`]. The task and everything about it
+//! hang on the token, so no path names a job. A repeated request changes nothing. Once the attempt has ended, or its job
+//! has come to its end, every request but a heartbeat is answered `410` with code [`ATTEMPT_ENDED`]: the worker exits.
+
+use std::path::PathBuf;
+
+use lorad_engine::spec::TrainSpec;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use super::attempt::TaskKind;
+use super::event::{EventType, Level};
+use super::ids::{AttemptId, FileId, JobId};
+use super::metric::Metric;
+
+/// The version that this build speaks.
+pub const VERSION: &str = "1";
+/// The header that carries it.
+pub const VERSION_HEADER: &str = "lorad-worker-protocol";
+/// The error code of a request that comes too late.
+pub const ATTEMPT_ENDED: &str = "attempt_ended";
+
+/// `GET`: the [`Task`].
+pub const TASK_PATH: &str = "/internal/v1/worker/task";
+/// `GET`: the bytes of the training file.
+pub const TRAINING_FILE_PATH: &str = "/internal/v1/worker/training_file";
+/// `GET`: the bytes of the checkpoint to resume from.
+pub const CHECKPOINT_PATH: &str = "/internal/v1/worker/checkpoint";
+/// `POST` [`Heartbeat`]: [`HeartbeatReply`].
+pub const HEARTBEAT_PATH: &str = "/internal/v1/worker/heartbeat";
+/// `POST` [`Events`].
+pub const EVENTS_PATH: &str = "/internal/v1/worker/events";
+/// `PUT` the bytes of a checkpoint, with [`CheckpointQuery`].
+pub const CHECKPOINTS_PATH: &str = "/internal/v1/worker/checkpoints";
+/// `PUT` the bytes of an artifact, with [`ArtifactQuery`].
+pub const ARTIFACTS_PATH: &str = "/internal/v1/worker/artifacts";
+/// `POST` [`Finish`].
+pub const FINISH_PATH: &str = "/internal/v1/worker/finish";
+
+/// What the worker is to do, and all that it needs for it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// This try.
+    pub attempt_id: AttemptId,
+    /// The job it is for.
+    pub job_id: JobId,
+    /// What to do.
+    pub kind: TaskKind,
+    /// Every hyperparameter.
+    pub spec: TrainSpec,
+    /// Files to leave behind.
+    pub artifacts: Vec<ArtifactRequest>,
+    /// The frozen model.
+    pub base_model: BaseModel,
+    /// The data set.
+    pub training_file: TrainingFile,
+    /// Where to go on from.
+    pub resume: Option<Resume>,
+    /// Name of the model that the training makes, `ft:…`.
+    pub model_name: String,
+    /// How long the server bears silence.
+    pub lease_seconds: u64,
+    /// How often to send a heartbeat.
+    pub heartbeat_seconds: u64,
+    /// Longest time between two checkpoints.
+    pub checkpoint_seconds: u64,
+}
+
+/// The frozen model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseModel {
+    /// As the request named it.
+    pub name: String,
+    /// Its file, where the server's machine has it; otherwise the worker fetches it.
+    pub path: Option<PathBuf>,
+    /// Hash of the file in hexadecimal digits, where the catalogue pins it.
+    pub sha256: Option<String>,
+}
+
+/// The data set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainingFile {
+    /// Its id.
+    pub id: FileId,
+    /// The name it was uploaded under.
+    pub filename: String,
+    /// Number of bytes.
+    pub size_bytes: u64,
+    /// Hash of the bytes, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// The checkpoint to go on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// The step after which it was taken.
+    pub step: u32,
+    /// Number of bytes.
+    pub size_bytes: u64,
+    /// Hash of the bytes, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// A sign of life.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Heartbeat {
+    /// Grows whenever work gets on; a worker whose number stands still is stalled.
+    #[serde(default)]
+    pub progress: Option<u64>,
+}
+
+/// What the server wants of a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Go on.
+    Continue,
+    /// Stop: nobody wants the result any more.
+    Stop,
+}
+
+/// The answer to a [`Heartbeat`]: the lease is renewed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeartbeatReply {
+    /// What to do.
+    pub action: Action,
+}
+
+/// News, in order.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Events {
+    /// Sentences.
+    #[serde(default)]
+    pub events: Vec<WorkerEvent>,
+    /// Figures of steps.
+    #[serde(default)]
+    pub metrics: Vec<Metric>,
+}
+
+/// A sentence of the worker's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerEvent {
+    /// Counts this attempt's events, so that a repeated one is known.
+    pub worker_seq: i64,
+    /// How serious it is.
+    pub level: Level,
+    /// What it tells.
+    #[serde(rename = "type")]
+    pub kind: EventType,
+    /// The sentence.
+    pub message: String,
+    /// Figures.
+    #[serde(default)]
+    pub data: Option<Value>,
+}
+
+/// What comes with a checkpoint's bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointQuery {
+    /// The step after which it was taken.
+    pub step: u32,
+    /// Whether the API shows it.
+    pub listed: bool,
+    /// Hash of the bytes, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// What comes with an artifact's bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ArtifactQuery {
+    /// Its kind.
+    #[serde(rename = "type")]
+    pub kind: ArtifactType,
+    /// How a GGUF file stores its matrices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
+    /// The name to save it under.
+    pub filename: String,
+    /// Hash of the bytes, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// The last word of a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub enum Finish {
+    /// The task is done.
+    Succeeded {
+        /// Tokens that had a loss, over the whole run; a training knows them.
+        #[serde(default)]
+        trained_tokens: Option<i64>,
+    },
+    /// The task cannot be done, now or ever.
+    Failed {
+        /// A word that programs can tell failures apart by.
+        code: String,
+        /// A sentence for people.
+        message: String,
+        /// The job request's field that is to blame.
+        #[serde(default)]
+        param: Option<String>,
+    },
+    /// The worker stopped because it was told to.
+    Stopped,
+}
