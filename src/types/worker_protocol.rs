@@ -189,7 +189,7 @@ pub struct ArtifactQuery {
 }
 
 /// The last word of a worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "result", rename_all = "snake_case")]
 pub enum Finish {
     /// The task is done.
@@ -197,6 +197,9 @@ pub enum Finish {
         /// Tokens that had a loss, over the whole run; a training knows them.
         #[serde(default)]
         trained_tokens: Option<i64>,
+        /// What the owner should know; written together with the end, so that a repeated attempt does not say it twice.
+        #[serde(default)]
+        events: Vec<WorkerEvent>,
     },
     /// The task cannot be done, now or ever.
     Failed {
@@ -207,6 +210,9 @@ pub enum Finish {
         /// The job request's field that is to blame.
         #[serde(default)]
         param: Option<String>,
+        /// What the owner should know, the rows that cannot be used for one; written together with the end.
+        #[serde(default)]
+        events: Vec<WorkerEvent>,
     },
     /// The worker stopped because it was told to.
     Stopped,
