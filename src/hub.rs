@@ -221,14 +221,13 @@ impl Hub {
         Self { options }
     }
 
-    /// The hub of a configuration; `HF_ENDPOINT` and `HF_HUB_OFFLINE` are read as the hub's own tools read them.
+    /// The hub of a configuration; `HF_ENDPOINT` and `HF_HUB_OFFLINE` count as for the hub's own tools.
     pub fn from_config(config: &Config) -> Self {
-        let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_ascii_uppercase();
         Self::new(Options {
             models_dir: config.models_dir(),
             cache_dir: config.cache_dir(),
             endpoint: None,
-            offline: ["1", "ON", "YES", "TRUE"].contains(&offline.as_str()),
+            offline: offline(),
         })
     }
 
@@ -381,6 +380,12 @@ impl Hub {
         model.sha256 = Some(entry.sha256.to_owned());
         Ok(model)
     }
+}
+
+/// Whether `HF_HUB_OFFLINE` forbids downloads, read as the hub's own tools read it.
+pub fn offline() -> bool {
+    let said = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_ascii_uppercase();
+    ["1", "ON", "YES", "TRUE"].contains(&said.as_str())
 }
 
 /// SHA-256 of a file in lower-case hex, read piece by piece.
