@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod hub;
+pub mod jobs;
 pub mod storage;
 pub mod store;
 pub mod types;

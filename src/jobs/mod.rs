@@ -1,0 +1,4 @@
+//! Use cases.
+
+pub mod launcher;
+pub mod pulse;
