@@ -53,6 +53,8 @@ create table attempt (
     pid integer,                                     -- process id and process group of the worker; null until it is started
     process_start_time integer,                      -- start time of that process as the kernel tells it
     lease_expires_at_ms integer not null,            -- until when silence is no death
+    progress integer not null default 0,             -- the worker's own count of what it got done
+    progress_at_ms integer not null,                 -- when that count last grew
     outcome text,                                    -- succeeded, failed, stopped, crashed, server_ended; null until ended
     created_at_ms integer not null,                  -- when it was made
     ended_at_ms integer                              -- when it ended

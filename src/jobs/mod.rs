@@ -1,4 +1,126 @@
-//! Use cases.
+//! Use cases: everything that changes a job, a file or an attempt, each in one short write transaction.
 
+pub mod add_file;
+pub mod append_events;
+pub mod cancel;
+pub mod claim;
+pub mod create;
+pub mod delete_file;
+pub mod finish_attempt;
+pub mod heartbeat;
 pub mod launcher;
 pub mod pulse;
+pub mod put_artifact;
+pub mod put_checkpoint;
+
+use std::sync::Arc;
+
+use tokio::sync::{Notify, watch};
+
+use crate::hub;
+use crate::storage::{self, Storage};
+use crate::store::{self, Store};
+use crate::types::ids::{FileId, JobId};
+use crate::types::job::Status;
+
+/// Why a use case did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// This owner has no such file.
+    #[error("No such File object: {0}")]
+    NoSuchFile(String),
+    /// This owner has no such job.
+    #[error("Could not find fine tune: {0}")]
+    NoSuchJob(String),
+    /// The file is not one to train on.
+    #[error("training_file must have purpose fine-tune, got `{0}`")]
+    WrongPurpose(String),
+    /// The file is needed.
+    #[error("file {file} is used by unfinished job {job}: cancel the job, or wait for its end")]
+    FileInUse {
+        /// The file.
+        file: FileId,
+        /// The job that needs it.
+        job: JobId,
+    },
+    /// The job has come to its end already.
+    #[error("job {job} cannot be cancelled: its status is {status}")]
+    NotCancellable {
+        /// The job.
+        job: JobId,
+        /// Its state.
+        status: Status,
+    },
+    /// The base model cannot be used.
+    #[error(transparent)]
+    Model(#[from] hub::Error),
+    /// The attempt is over, or its job is: nothing of it is wanted any more.
+    #[error("the attempt has ended")]
+    AttemptEnded,
+    /// The worker sent something that cannot be.
+    #[error("{0}")]
+    Worker(String),
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// Object storage failed.
+    #[error(transparent)]
+    Storage(#[from] storage::Error),
+    /// A thread of the server's own died.
+    #[error("a background task failed: {0}")]
+    Background(#[from] tokio::task::JoinError),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// The use cases' result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What the use cases work with; clones share it.
+#[derive(Debug, Clone)]
+pub struct Jobs {
+    /// The database.
+    pub store: Store,
+    /// Object storage.
+    pub storage: Storage,
+    events: Arc<watch::Sender<u64>>,
+    scheduler: Arc<Notify>,
+}
+
+impl Jobs {
+    /// The use cases over this database and this object storage.
+    pub fn new(store: Store, storage: Storage) -> Self {
+        Self { store, storage, events: Arc::new(watch::Sender::new(0)), scheduler: Arc::default() }
+    }
+
+    /// Changes whenever some job's story has grown; it saves waiting and carries no facts.
+    pub fn event_news(&self) -> watch::Receiver<u64> {
+        self.events.subscribe()
+    }
+
+    /// Resolves once the scheduler may find something to do; it saves waiting and carries no facts.
+    pub async fn scheduler_news(&self) {
+        self.scheduler.notified().await;
+    }
+
+    fn tell_readers(&self) {
+        self.events.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    fn tell_scheduler(&self) {
+        self.scheduler.notify_one();
+    }
+
+    /// Removes objects that no row names any more; one that stays behind does no harm but its size.
+    async fn remove_objects(&self, keys: impl IntoIterator<Item = String>) {
+        for key in keys {
+            if let Err(error) = self.storage.delete(&key).await {
+                tracing::warn!(key, %error, "an object that nobody needs could not be removed");
+            }
+        }
+    }
+}

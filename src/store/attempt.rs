@@ -27,8 +27,8 @@ pub struct NewAttempt {
 /// The database failed.
 pub async fn insert(conn: &mut SqliteConnection, job_id: JobId, attempt: &NewAttempt, now_ms: i64) -> Result<bool> {
     let done = sqlx::query!(
-        "insert into attempt (id, job_id, task, number, state, device, token_sha256, lease_expires_at_ms, created_at_ms)
-         values (?1, ?2, ?3, (select coalesce(max(number), 0) + 1 from attempt where job_id = ?2), 'starting', ?4, ?5, ?6, ?7)
+        "insert into attempt (id, job_id, task, number, state, device, token_sha256, lease_expires_at_ms, progress_at_ms, created_at_ms)
+         values (?1, ?2, ?3, (select coalesce(max(number), 0) + 1 from attempt where job_id = ?2), 'starting', ?4, ?5, ?6, ?7, ?7)
          on conflict (job_id) where state <> 'ended' do nothing",
         attempt.id,
         job_id,
@@ -51,7 +51,7 @@ pub async fn find(conn: &mut SqliteConnection, id: AttemptId) -> Result<Option<A
     let attempt = sqlx::query_as!(
         Attempt,
         r#"select id as "id: AttemptId", job_id as "job_id: JobId", task as "task: TaskKind", number,
-                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms,
+                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms, progress_at_ms,
                   outcome as "outcome: AttemptOutcome", created_at_ms, ended_at_ms
              from attempt where id = ?"#,
         id,
@@ -69,7 +69,7 @@ pub async fn by_token(conn: &mut SqliteConnection, token_sha256: &str) -> Result
     let attempt = sqlx::query_as!(
         Attempt,
         r#"select id as "id: AttemptId", job_id as "job_id: JobId", task as "task: TaskKind", number,
-                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms,
+                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms, progress_at_ms,
                   outcome as "outcome: AttemptOutcome", created_at_ms, ended_at_ms
              from attempt where token_sha256 = ?"#,
         token_sha256,
@@ -87,7 +87,7 @@ pub async fn live(conn: &mut SqliteConnection) -> Result<Vec<Attempt>> {
     let attempts = sqlx::query_as!(
         Attempt,
         r#"select id as "id: AttemptId", job_id as "job_id: JobId", task as "task: TaskKind", number,
-                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms,
+                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms, progress_at_ms,
                   outcome as "outcome: AttemptOutcome", created_at_ms, ended_at_ms
              from attempt where state <> 'ended' order by id"#,
     )
@@ -104,7 +104,7 @@ pub async fn of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<At
     let attempts = sqlx::query_as!(
         Attempt,
         r#"select id as "id: AttemptId", job_id as "job_id: JobId", task as "task: TaskKind", number,
-                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms,
+                  state as "state: AttemptState", device, pid, process_start_time, lease_expires_at_ms, progress_at_ms,
                   outcome as "outcome: AttemptOutcome", created_at_ms, ended_at_ms
              from attempt where job_id = ? order by number"#,
         job_id,
@@ -136,15 +136,27 @@ pub async fn set_running(conn: &mut SqliteConnection, id: AttemptId) -> Result<b
     Ok(done.rows_affected() == 1)
 }
 
-/// Silence is no death until then; `false`: the attempt has ended.
+/// Silence is no death until then; `progress` is the worker's own count of what it got done. `false`: the attempt has ended.
 ///
 /// # Errors
 /// The database failed.
-pub async fn renew_lease(conn: &mut SqliteConnection, id: AttemptId, lease_expires_at_ms: i64) -> Result<bool> {
+pub async fn renew_lease(
+    conn: &mut SqliteConnection,
+    id: AttemptId,
+    lease_expires_at_ms: i64,
+    progress: Option<i64>,
+    now_ms: i64,
+) -> Result<bool> {
     let done = sqlx::query!(
-        "update attempt set lease_expires_at_ms = ? where id = ? and state <> 'ended'",
+        "update attempt
+            set lease_expires_at_ms = ?2,
+                progress_at_ms = case when ?3 > progress then ?4 else progress_at_ms end,
+                progress = max(progress, coalesce(?3, 0))
+          where id = ?1 and state <> 'ended'",
+        id,
         lease_expires_at_ms,
-        id
+        progress,
+        now_ms,
     )
     .execute(conn)
     .await?;

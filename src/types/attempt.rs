@@ -64,6 +64,8 @@ pub struct Attempt {
     pub process_start_time: Option<i64>,
     /// Until when silence is no death.
     pub lease_expires_at_ms: i64,
+    /// When its worker last got something done.
+    pub progress_at_ms: i64,
     /// How it ended.
     pub outcome: Option<AttemptOutcome>,
     /// When it was made.

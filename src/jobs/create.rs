@@ -1,0 +1,67 @@
+//! A job comes into being.
+
+use rand::Rng;
+use rand::distr::Alphanumeric;
+
+use super::{Error, Jobs, Result};
+use crate::hub::{Hub, Reference};
+use crate::store;
+use crate::types::event::NewEvent;
+use crate::types::file::Purpose;
+use crate::types::ids::JobId;
+use crate::types::job::{Job, Status, model_name};
+use crate::types::job_spec::JobSpec;
+use crate::types::now_ms;
+
+/// Creates this owner's job; `request` is its body as it came.
+///
+/// # Errors
+/// No such training file, a file of another purpose, a base model that is known not to be there.
+pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request: &str) -> Result<Job> {
+    let base_name = check_model(hub, &spec.model).await?;
+    let unique: String = rand::rng().sample_iter(Alphanumeric).take(8).map(char::from).collect();
+    let now_ms = now_ms();
+    let job = Job {
+        id: JobId::new(),
+        owner: owner.to_owned(),
+        status: Status::ValidatingFiles,
+        model_name: model_name(&base_name, spec.suffix.as_deref(), &unique),
+        spec,
+        trained_tokens: None,
+        total_steps: None,
+        result_file_id: None,
+        error: None,
+        attempts_without_progress: 0,
+        created_at_ms: now_ms,
+        validated_at_ms: None,
+        started_at_ms: None,
+        finished_at_ms: None,
+    };
+    let training_file = job.spec.training_file;
+    let mut tx = jobs.store.begin_write().await?;
+    let Some(file) = store::file::find(&mut tx, training_file, owner, now_ms).await? else {
+        return Err(Error::NoSuchFile(training_file.to_string()));
+    };
+    if file.purpose != Purpose::FineTune {
+        return Err(Error::WrongPurpose(file.purpose.to_string()));
+    }
+    store::job::insert(&mut tx, &job, request).await?;
+    store::event::append(&mut tx, job.id, &NewEvent::created(job.id), now_ms).await?;
+    store::event::append(&mut tx, job.id, &NewEvent::validating(training_file), now_ms).await?;
+    tx.commit().await?;
+    tracing::info!(job.id = %job.id, model = job.spec.model, "job created");
+    jobs.tell_readers();
+    jobs.tell_scheduler();
+    Ok(job)
+}
+
+/// What the model's name begins with; a model that is known not to be there is told at once, not when the job has waited.
+async fn check_model(hub: &Hub, model: &str) -> Result<String> {
+    let (hub, model) = (hub.clone(), model.to_owned());
+    let checked = tokio::task::spawn_blocking(move || {
+        let base_name = Reference::parse(&model)?.name_base();
+        hub.locate(&model)?;
+        Ok::<_, crate::hub::Error>(base_name)
+    });
+    Ok(checked.await??)
+}
