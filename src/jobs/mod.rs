@@ -9,9 +9,9 @@ pub mod delete_file;
 pub mod finish_attempt;
 pub mod heartbeat;
 pub mod launcher;
-pub mod pulse;
 pub mod put_artifact;
 pub mod put_checkpoint;
+pub mod scheduler;
 
 use std::sync::Arc;
 

@@ -1,0 +1,316 @@
+//! The scheduler: watches the attempts that run, ends those whose process is gone, and claims jobs for free devices.
+//!
+//! [`Scheduler::tick`] reads what is to do from the database and may run at any time and twice; everything that wakes it only
+//! saves waiting. What is kept in memory is about processes: which of them live, and since when one was told to stop.
+//!
+//! An attempt that an earlier server of this data folder left behind is adopted: its worker may still run, keep its lease
+//! and finish. If it does not run, it ended with that server, which is not held against the job.
+
+use std::collections::{HashMap, HashSet};
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::claim::{Claimed, claim};
+use super::finish_attempt::attempt_lost;
+use super::launcher::{self, Launcher, ProcessIdentity};
+use super::{Jobs, Result};
+use crate::config::Config;
+use crate::store;
+use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
+use crate::types::ids::AttemptId;
+use crate::types::now_ms;
+
+/// Time between two ticks that nothing woke.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// Time that a process has to end after SIGTERM, before SIGKILL.
+const GRACE: Duration = Duration::from_secs(3);
+/// Time that a worker has to exit after its last word.
+const GOODBYE: Duration = Duration::from_secs(5);
+/// Lines of a worker's log that a failure quotes.
+const LOG_LINES: usize = 10;
+/// The one device of this version.
+const DEVICE: &str = "cpu";
+
+/// How a process that was waited for ended.
+type Exit = std::result::Result<(AttemptId, std::io::Result<ExitStatus>), tokio::task::JoinError>;
+
+/// Watches attempts and claims jobs.
+#[derive(Debug)]
+pub struct Scheduler {
+    jobs: Jobs,
+    launcher: Launcher,
+    lease: Duration,
+    stall: Duration,
+    validations: usize,
+    started_at: Instant,
+    watched: HashMap<AttemptId, Watched>,
+    exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
+}
+
+/// A worker process, from its attempt's claim until it is gone.
+#[derive(Debug)]
+struct Watched {
+    task: TaskKind,
+    process: Option<ProcessIdentity>,
+    /// Whether this server started it, and so learns how it ends.
+    own: bool,
+    /// The lease's end when it was first seen; another one tells that it has found this server.
+    first_lease_ms: i64,
+    /// How it ended, in words.
+    exit: Option<String>,
+    /// When it was told to stop.
+    stopping_since: Option<Instant>,
+    /// When its attempt was first seen to have ended while it still ran.
+    ended_since: Option<Instant>,
+    /// Why it was killed, where it was not asked for.
+    killed_because: Option<String>,
+}
+
+impl Watched {
+    fn adopted(attempt: &Attempt) -> Self {
+        let process = match (attempt.pid.and_then(|pid| i32::try_from(pid).ok()), attempt.process_start_time) {
+            (Some(pid), Some(start_time)) => Some(ProcessIdentity { pid, start_time }),
+            _ => None,
+        };
+        Self::new(attempt, process, false)
+    }
+
+    fn new(attempt: &Attempt, process: Option<ProcessIdentity>, own: bool) -> Self {
+        Self {
+            task: attempt.task,
+            process,
+            own,
+            first_lease_ms: attempt.lease_expires_at_ms,
+            exit: None,
+            stopping_since: None,
+            ended_since: None,
+            killed_because: None,
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        // An own process is gone when it was waited for, so that its exit status is known.
+        if self.own { self.exit.is_none() } else { self.process.is_some_and(ProcessIdentity::is_alive) }
+    }
+
+    /// SIGTERM at first, SIGKILL once the grace is over.
+    fn stop(&mut self) {
+        let Some(process) = self.process else { return };
+        match self.stopping_since {
+            None => {
+                process.signal(Signal::SIGTERM);
+                self.stopping_since = Some(Instant::now());
+            }
+            Some(since) if since.elapsed() >= GRACE => process.signal(Signal::SIGKILL),
+            Some(_) => (),
+        }
+    }
+
+    fn kill(&mut self, because: String) {
+        if let Some(process) = self.process {
+            process.signal(Signal::SIGKILL);
+        }
+        self.killed_because = Some(because);
+    }
+
+    fn describe_end(&self) -> String {
+        match (&self.killed_because, &self.exit) {
+            (Some(because), _) => because.clone(),
+            (None, Some(exit)) => exit.clone(),
+            (None, None) => "an unknown status".to_owned(),
+        }
+    }
+}
+
+impl Scheduler {
+    /// A scheduler; it does nothing before [`Scheduler::run`].
+    pub fn new(config: &Config, jobs: Jobs, launcher: Launcher) -> Self {
+        Self {
+            jobs,
+            launcher,
+            lease: config.workers.lease(),
+            stall: config.workers.stall(),
+            validations: config.limits.validations as usize,
+            started_at: Instant::now(),
+            watched: HashMap::new(),
+            exits: JoinSet::new(),
+        }
+    }
+
+    /// Ticks until `shutdown`, then stops every worker.
+    ///
+    /// # Errors
+    /// The database failed while the workers were stopped; errors before that are logged and tried again.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<()> {
+        self.clean_up_what_was_left().await?;
+        let news = self.jobs.clone();
+        while !shutdown.is_cancelled() {
+            if let Err(error) = self.tick().await {
+                tracing::error!(%error, "the scheduler failed, trying again");
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => (),
+                () = news.scheduler_news() => (),
+                () = tokio::time::sleep(INTERVAL) => (),
+                Some(exit) = self.exits.join_next() => self.note_exit(exit),
+            }
+        }
+        self.stop_all().await
+    }
+
+    /// Does everything that is to do now.
+    async fn tick(&mut self) -> Result<()> {
+        while let Some(exit) = self.exits.try_join_next() {
+            self.note_exit(exit);
+        }
+        let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
+        let mut living = HashSet::new();
+        for attempt in &live {
+            if self.watch(attempt).await? {
+                living.insert(attempt.id);
+            }
+        }
+        self.release(&living);
+        while self.count(TaskKind::Validate) < self.validations {
+            if !self.claim_and_start(TaskKind::Validate).await? {
+                break;
+            }
+        }
+        if self.count(TaskKind::Train) == 0 {
+            self.claim_and_start(TaskKind::Train).await?;
+        }
+        Ok(())
+    }
+
+    /// Looks after one attempt that has not ended; `false`: it has now.
+    async fn watch(&mut self, attempt: &Attempt) -> Result<bool> {
+        // Liveness is judged only once a worker had the time to find this server.
+        let judge = self.started_at.elapsed() > self.lease;
+        let watched = self.watched.entry(attempt.id).or_insert_with(|| Watched::adopted(attempt));
+        if !watched.is_alive() {
+            let counts = watched.own || watched.first_lease_ms != attempt.lease_expires_at_ms;
+            let outcome = match attempt.state {
+                AttemptState::Stopping => AttemptOutcome::Stopped,
+                AttemptState::Starting | AttemptState::Running | AttemptState::Ended if counts => {
+                    AttemptOutcome::Crashed
+                }
+                AttemptState::Starting | AttemptState::Running | AttemptState::Ended => AttemptOutcome::ServerEnded,
+            };
+            let reason = watched.describe_end();
+            self.lose(attempt, outcome, reason).await?;
+            return Ok(false);
+        }
+        let now_ms = now_ms();
+        let standing_still = Duration::from_millis(now_ms.saturating_sub(attempt.progress_at_ms).max(0).unsigned_abs());
+        if attempt.state == AttemptState::Stopping {
+            watched.stop();
+        } else if judge && now_ms > attempt.lease_expires_at_ms {
+            watched.kill(format!("no heartbeat for {} s", self.lease.as_secs()));
+        } else if standing_still > self.stall {
+            watched.kill(format!("no progress for {} s", standing_still.as_secs()));
+        }
+        Ok(true)
+    }
+
+    /// Frees the devices of processes that are gone, and presses those whose attempt has ended to go.
+    fn release(&mut self, living: &HashSet<AttemptId>) {
+        let Self { watched, launcher, .. } = self;
+        watched.retain(|attempt, watched| {
+            if living.contains(attempt) {
+                return true;
+            }
+            if watched.is_alive() {
+                if watched.ended_since.get_or_insert_with(Instant::now).elapsed() > GOODBYE {
+                    watched.stop();
+                }
+                return true;
+            }
+            launcher.clean_up(*attempt);
+            false
+        });
+    }
+
+    fn count(&self, task: TaskKind) -> usize {
+        self.watched.values().filter(|watched| watched.task == task).count()
+    }
+
+    /// Claims the next job and starts its worker; `false`: there was none.
+    async fn claim_and_start(&mut self, task: TaskKind) -> Result<bool> {
+        let Some(claimed) = claim(&self.jobs, task, DEVICE, self.lease).await? else { return Ok(false) };
+        let attempt = claimed.attempt.clone();
+        if let Err(error) = self.start(claimed).await {
+            self.lose(&attempt, AttemptOutcome::Crashed, format!("{error:#}")).await?;
+        }
+        Ok(true)
+    }
+
+    async fn start(&mut self, claimed: Claimed) -> anyhow::Result<()> {
+        let Claimed { attempt, token, .. } = claimed;
+        let launched = self.launcher.start(attempt.id)?;
+        let process = launched.identity;
+        let mut tx = self.jobs.store.begin_write().await?;
+        store::attempt::set_process(&mut tx, attempt.id, process.pid.into(), process.start_time).await?;
+        tx.commit().await?;
+        let mut child = launched.hand_over(&token).await?;
+        self.watched.insert(attempt.id, Watched::new(&attempt, Some(process), true));
+        self.exits.spawn(async move { (attempt.id, child.wait().await) });
+        Ok(())
+    }
+
+    fn note_exit(&mut self, exit: Exit) {
+        let (attempt, status) = exit.expect("waiting for a process does not panic");
+        let words = match status {
+            Ok(status) => launcher::describe(status),
+            Err(error) => format!("an unknown status ({error})"),
+        };
+        if let Some(watched) = self.watched.get_mut(&attempt) {
+            watched.exit = Some(words);
+        }
+    }
+
+    /// Ends an attempt whose process is gone.
+    async fn lose(&self, attempt: &Attempt, outcome: AttemptOutcome, mut reason: String) -> Result<()> {
+        tracing::info!(job.id = %attempt.job_id, attempt = %attempt.id, reason, "worker gone");
+        let log = self.launcher.last_log_lines(attempt.id, LOG_LINES);
+        if outcome == AttemptOutcome::Crashed && !log.is_empty() {
+            reason = format!("{reason}; its log ends with:\n{log}");
+        }
+        attempt_lost(&self.jobs, attempt.id, outcome, &reason).await?;
+        Ok(())
+    }
+
+    /// Folders of attempts that a killed server left behind.
+    async fn clean_up_what_was_left(&self) -> Result<()> {
+        let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
+        let keep: Vec<AttemptId> = live.iter().map(|attempt| attempt.id).collect();
+        self.launcher.clean_up_all_but(&keep);
+        Ok(())
+    }
+
+    /// Stops every worker; their attempts ended because the server did.
+    async fn stop_all(mut self) -> Result<()> {
+        while self.watched.values().any(Watched::is_alive) {
+            for watched in self.watched.values_mut().filter(|watched| watched.is_alive()) {
+                watched.stop();
+            }
+            tokio::select! {
+                Some(exit) = self.exits.join_next() => self.note_exit(exit),
+                () = tokio::time::sleep(INTERVAL) => (),
+            }
+        }
+        let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
+        for attempt in live.iter().filter(|attempt| self.watched.contains_key(&attempt.id)) {
+            let outcome = match attempt.state {
+                AttemptState::Stopping => AttemptOutcome::Stopped,
+                AttemptState::Starting | AttemptState::Running | AttemptState::Ended => AttemptOutcome::ServerEnded,
+            };
+            self.lose(attempt, outcome, "the server ends".to_owned()).await?;
+        }
+        self.release(&HashSet::new());
+        Ok(())
+    }
+}
