@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Every check of the repository: format, lints, documentation, tests, offline data, scripts. `.ci/run` calls it too.
+# Everything is built in the release profile, so that nothing is built twice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# Without a database the sqlx macros read .sqlx/.
+unset DATABASE_URL
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "scripts parse"
+scripts=(.ci/run scripts/*.sh)
+for script in "${scripts[@]}"; do bash -n "$script"; done
+if command -v shellcheck >/dev/null; then shellcheck -x "${scripts[@]}"; fi
+python3 - scripts/*/*.py <<'EOF'
+import ast, pathlib, sys
+for path in sys.argv[1:]:
+    ast.parse(pathlib.Path(path).read_text(), path)
+EOF
+
+step "cargo fmt"
+cargo fmt --all --check
+
+step "cargo clippy"
+cargo clippy --release --workspace --all-targets --locked -- -D warnings
+
+step "cargo doc"
+RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --locked
+
+step "sqlx offline data"
+scripts/sqlx-prepare.sh --check
+
+step "doctests"
+cargo test --release --workspace --doc --locked
+
+step "tests"
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --release --workspace --locked --no-fail-fast
+else
+    cargo test --release --workspace --lib --bins --tests --examples --locked --no-fail-fast
+fi
