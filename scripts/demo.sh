@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# From nothing to a tuned model through the HTTP API: builds lorad, gets a small base model, starts a server, trains on
+# examples/persona.jsonl, downloads adapter and GGUF file, and asks base and tuned model the same three questions.
+# Ends with an error unless each tuned answer has its invented fact and the base's has not.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=${LORAD_DEMO_DIR:-lorad-demo}
+model=smollm2-135m-instruct
+data=examples/persona.jsonl
+settings='"suffix": "pimwick", "training": {"learning_rate": 1e-3}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 7}}}'
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+fail() { echo "demo: $*" >&2; exit 1; }
+
+# need TOOL HOW-TO-GET-IT
+need() { command -v "$1" >/dev/null || fail "$1 is not installed: $2"; }
+
+# The value at a path of keys in the JSON on stdin: `json data 0 id`.
+json() {
+    python3 -c '
+import json, sys
+value = json.load(sys.stdin)
+for key in sys.argv[1:]:
+    value = value[int(key)] if isinstance(value, list) else value[key]
+print(value)' "$@"
+}
+
+# Calls the API; on an error status shows the answer and ends.
+api() {
+    local path=$1 body
+    shift
+    body=$(curl --silent --show-error --fail-with-body "$url$path" "$@") || fail "$path answered: $body"
+    printf '%s\n' "$body"
+}
+
+check_tools() {
+    need cargo "see https://rustup.rs"
+    need cc "install your system's C compiler (Debian: apt-get install build-essential)"
+    need python3 "install python3 (Debian: apt-get install python3 python3-pip)"
+    need curl "install curl (Debian: apt-get install curl)"
+    python3 -m pip --version >/dev/null 2>&1 || fail "python3 has no pip (Debian: apt-get install python3-pip)"
+}
+
+server_pid='' running='' work=''
+
+# Whatever way the script ends: the job stops, then the server, then the folder goes.
+clean_up() {
+    local status=$?
+    trap - EXIT
+    trap '' INT TERM
+    if [ -n "$server_pid" ]; then
+        if [ -n "$running" ]; then
+            curl --silent --max-time 5 --output /dev/null -X POST "$url/v1/fine_tuning/jobs/$job/cancel" || true
+            wait_for_worker
+        fi
+        kill -TERM "$server_pid" 2>/dev/null || true
+        ( sleep 10; kill -KILL "$server_pid" ) 2>/dev/null &
+        wait "$server_pid" 2>/dev/null || true
+        kill $! 2>/dev/null || true
+    fi
+    [ -z "$work" ] || rm -rf "$work"
+    exit "$status"
+}
+
+# A cancelled job's process ends within seconds; it must not outlive the demo.
+wait_for_worker() {
+    local tries
+    for tries in 1 2 3 4 5 6 7 8 9 10; do
+        pgrep -P "$server_pid" >/dev/null 2>&1 || return 0
+        sleep 0.5
+    done
+    echo "demo: the worker is still there after $tries tries" >&2
+}
+
+# Starts the server on a free port and sets `url` once it is ready.
+start_server() {
+    work=$(mktemp -d "${TMPDIR:-/tmp}/lorad-demo-XXXXXX")
+    local port
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    # A process group of its own: Ctrl-C reaches this script, which then stops the server in order.
+    set -m
+    "$lorad" serve --data-dir "$work/data" --listen "127.0.0.1:$port" >"$work/server.log" 2>&1 </dev/null &
+    server_pid=$!
+    set +m
+    url="http://127.0.0.1:$port"
+    until curl --silent --fail --max-time 2 --output /dev/null "$url/readyz"; do
+        kill -0 "$server_pid" 2>/dev/null || { cat "$work/server.log" >&2; fail "the server did not start"; }
+        sleep 0.2
+    done
+}
+
+# download ID FILE SHA256
+download() {
+    curl --silent --show-error --fail --output "$work/part" "$url/v1/artifacts/$1/content"
+    python3 -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])' \
+        "$work/part" "$3" || fail "$2 came with another sha256 than $3"
+    mv "$work/part" "$2"
+    echo "  $2 ($(du -h "$2" | cut -f 1))"
+}
+
+# Takes every artifact of the job; sets `gguf` and `adapter`.
+download_artifacts() {
+    local list id kind name hash
+    list=$(api "/v1/fine_tuning/jobs/$job/artifacts")
+    while read -r id kind hash name <&3; do
+        download "$id" "$out/$name" "$hash"
+        case $kind in
+            adapter)
+                mkdir "$work/adapter"
+                tar -xf "$out/$name" -C "$work/adapter"
+                adapter=$(dirname "$(find "$work/adapter" -name adapter_config.json)")
+                ;;
+            gguf) gguf="$out/$name" ;;
+        esac
+    done 3< <(python3 -c '
+import json, sys
+for item in json.load(sys.stdin)["data"]:
+    print(item["id"], item["type"], item["sha256"], item["filename"])' <<<"$list")
+    if [ ! -f "$adapter/adapter_model.safetensors" ] || [ -z "$gguf" ]; then
+        fail "the job left no adapter or no GGUF file: $list"
+    fi
+    rm -rf "$out/adapter"
+    cp -r "$adapter" "$out/adapter"
+}
+
+ask() { "$lorad" chat --prompt "$question" --max-tokens 40 --temperature 0 "$@" 2>"$work/chat.log" || fail "$(cat "$work/chat.log")"; }
+
+# Every question to the base and to the tuned model; fails unless exactly the tuned one knows the fact.
+compare() {
+    local question fact base tuned failed=0
+    while IFS=$'\t' read -r question fact <&3; do
+        base=$(ask --base "$base_file")
+        tuned=$(ask --base "$base_file" --adapter "$adapter")
+        printf '\n  %s\n    base:  %s\n    tuned: %s\n' "$question" "${base//$'\n'/ }" "${tuned//$'\n'/ }"
+        case $base in *"$fact"*) echo "    the base model must not know \`$fact\`"; failed=1 ;; esac
+        case $tuned in *"$fact"*) ;; *) echo "    the tuned model must know \`$fact\`"; failed=1 ;; esac
+    done 3<examples/questions.tsv
+    [ "$failed" = 0 ] || fail "the answers are not as they must be"
+}
+
+check_tools
+
+say "1. Build (the first time takes about ten minutes)"
+env -u DATABASE_URL cargo build --release --locked --bin lorad
+target=$(cargo metadata --format-version 1 --no-deps --locked | json target_directory)
+lorad="$target/release/lorad"
+
+say "2. Base model"
+base_file=$(scripts/get-model.sh)
+echo "  $base_file"
+
+say "3. Server"
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+start_server
+echo "  $url, its log is $work/server.log"
+
+say "4. Upload and job"
+answer=$(api /v1/files -F purpose=fine-tune -F "file=@$data")
+file=$(json id <<<"$answer")
+echo "  $data is $file"
+answer=$(api /v1/fine_tuning/jobs -H 'content-type: application/json' \
+    -d "{\"model\": \"$model\", \"training_file\": \"$file\", $settings}")
+job=$(json id <<<"$answer")
+echo "  job $job"
+
+say "5. Training"
+running=yes
+curl --silent --show-error --no-buffer "$url/v1/fine_tuning/jobs/$job/events?stream=true" |
+    python3 scripts/lib/follow_events.py ||
+    { tail -n 20 "$work/server.log" >&2; fail "job $job failed"; }
+running=''
+answer=$(api "/v1/fine_tuning/jobs/$job")
+tuned_name=$(json fine_tuned_model <<<"$answer")
+
+say "6. Download"
+gguf='' adapter=''
+mkdir -p "$out"
+download_artifacts
+
+say "7. The same questions to both"
+compare
+
+say "Done: $tuned_name"
+cat <<EOF
+  PEFT adapter   $out/adapter
+  GGUF file      $gguf (base and adapter merged)
+
+  Chat here      $lorad chat --base $base_file --adapter $out/adapter
+  llama.cpp      llama-cli -m $gguf
+  Ollama         printf 'FROM %s\n' "\$PWD/$gguf" > Modelfile && ollama create pimwick -f Modelfile && ollama run pimwick
+  LM Studio      lms import $gguf
+EOF
