@@ -1,6 +1,10 @@
 //! LoRA training on quantized Llama-family models: forward and backward by hand, no autograd, no server.
 
 mod error;
+pub mod gguf;
+pub mod model;
 pub mod spec;
+#[doc(hidden)]
+pub mod testing;
 
 pub use error::{Error, Result};

@@ -1,0 +1,27 @@
+//! Writes the seeded tiny model that the golden files are made from: `tiny_model OUT.gguf [SEED] [F32|F16|Q8_0|Q4_0]`.
+
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use lorad_engine::testing::TinyModel;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let path = arguments.first().ok_or("usage: tiny_model OUT.gguf [SEED] [F32|F16|Q8_0|Q4_0]")?;
+    let mut model = TinyModel::default();
+    if let Some(seed) = arguments.get(1) {
+        model.seed = seed.parse()?;
+    }
+    if let Some(name) = arguments.get(2) {
+        let dtype = match name.as_str() {
+            "F32" => GgmlDType::F32,
+            "F16" => GgmlDType::F16,
+            "Q8_0" => GgmlDType::Q8_0,
+            "Q4_0" => GgmlDType::Q4_0,
+            other => return Err(format!("the type must be F32, F16, Q8_0 or Q4_0, got `{other}`").into()),
+        };
+        model.dtypes = vec![dtype];
+    }
+    model.write(Path::new(path))?;
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! The frozen base model.
+
+pub mod weights;

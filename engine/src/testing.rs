@@ -1,0 +1,203 @@
+//! What tests of every package need: a tiny `llama` model written from a seed, and the folder of shared test data.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::Result;
+use crate::gguf::{Array, TensorSpec, Value, Writer};
+use crate::model::weights::quantize;
+
+/// A random `llama` model, small enough that a test trains it in moments.
+///
+/// Its tokenizer is byte-level BPE with a few merges; its ids 0, 1 and 2 are `<|endoftext|>`, `<|im_start|>` (BOS, not added)
+/// and `<|im_end|>` (EOS), as SmolLM2 has them, and it has a ChatML template. The same fields give the same bytes everywhere.
+#[derive(Debug, Clone)]
+pub struct TinyModel {
+    /// Blocks.
+    pub layers: usize,
+    /// Values of the residual stream, a multiple of `heads` × 8.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads, a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Values between the MLP's projections.
+    pub intermediate: usize,
+    /// Whether the output projection is the embedding.
+    pub tied: bool,
+    /// Whether the file has `rope_freqs.weight`.
+    pub rope_freqs: bool,
+    /// The longest row it takes.
+    pub context_length: usize,
+    /// Seed of every weight.
+    pub seed: u64,
+    /// Stored types that the matrices take in turn; F16 where a row is no multiple of the type's block.
+    pub dtypes: Vec<GgmlDType>,
+}
+
+impl Default for TinyModel {
+    fn default() -> Self {
+        Self {
+            layers: 2,
+            hidden: 64,
+            heads: 4,
+            kv_heads: 2,
+            intermediate: 128,
+            tied: true,
+            rope_freqs: false,
+            context_length: 512,
+            seed: 1,
+            dtypes: vec![GgmlDType::Q8_0],
+        }
+    }
+}
+
+impl TinyModel {
+    /// Writes the model as a GGUF file.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`] where it cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let specs = self.tensors();
+        let mut writer = Writer::create(path, &self.metadata(), &specs)?;
+        for (index, spec) in specs.iter().enumerate() {
+            let mut random = ChaCha8Rng::seed_from_u64(self.seed);
+            random.set_stream(index as u64);
+            let is_vector = spec.shape.len() == 1;
+            let values: Vec<f32> = (0..spec.shape.iter().product())
+                .map(|_| if is_vector { 1.0 + 0.1 * normal(&mut random) } else { 0.05 * normal(&mut random) })
+                .collect();
+            let columns = spec.shape.last().copied().unwrap_or(1);
+            writer.write(&spec.name, &quantize(spec.dtype, columns, &values)?)?;
+        }
+        writer.finish()
+    }
+
+    /// Tokens in its vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        vocabulary().0.len()
+    }
+
+    fn tensors(&self) -> Vec<TensorSpec> {
+        let Self { hidden, intermediate, .. } = *self;
+        let kv = hidden / self.heads * self.kv_heads;
+        let mut tensors = Vec::new();
+        let mut turn = self.dtypes.iter().cycle();
+        let mut put = |name: String, shape: &[usize]| {
+            let matrix = (shape.len() > 1).then(|| *turn.next().unwrap_or(&GgmlDType::F32));
+            let dtype = match matrix {
+                None => GgmlDType::F32,
+                Some(dtype) if shape[1].is_multiple_of(dtype.block_size()) => dtype,
+                Some(_) => GgmlDType::F16,
+            };
+            tensors.push(TensorSpec { name, shape: shape.to_vec(), dtype });
+        };
+        put("token_embd.weight".to_owned(), &[self.vocab_size(), hidden]);
+        for layer in 0..self.layers {
+            let name = |part: &str| format!("blk.{layer}.{part}.weight");
+            put(name("attn_norm"), &[hidden]);
+            put(name("attn_q"), &[hidden, hidden]);
+            put(name("attn_k"), &[kv, hidden]);
+            put(name("attn_v"), &[kv, hidden]);
+            put(name("attn_output"), &[hidden, hidden]);
+            put(name("ffn_norm"), &[hidden]);
+            put(name("ffn_gate"), &[intermediate, hidden]);
+            put(name("ffn_up"), &[intermediate, hidden]);
+            put(name("ffn_down"), &[hidden, intermediate]);
+        }
+        put("output_norm.weight".to_owned(), &[hidden]);
+        if !self.tied {
+            put("output.weight".to_owned(), &[self.vocab_size(), hidden]);
+        }
+        if self.rope_freqs {
+            put("rope_freqs.weight".to_owned(), &[hidden / self.heads / 2]);
+        }
+        tensors
+    }
+
+    fn metadata(&self) -> Vec<(String, Value)> {
+        let (tokens, token_types, merges) = vocabulary();
+        let number = |value: usize| Value::U32(value as u32);
+        let strings = |texts: Vec<String>| Value::Array(Array::String(texts.into_iter().map(Into::into).collect()));
+        let pairs = [
+            ("general.architecture", Value::from("llama")),
+            ("general.name", Value::from("tiny")),
+            ("llama.block_count", number(self.layers)),
+            ("llama.context_length", number(self.context_length)),
+            ("llama.embedding_length", number(self.hidden)),
+            ("llama.feed_forward_length", number(self.intermediate)),
+            ("llama.attention.head_count", number(self.heads)),
+            ("llama.attention.head_count_kv", number(self.kv_heads)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+            ("llama.rope.dimension_count", number(self.hidden / self.heads)),
+            ("llama.rope.freq_base", Value::F32(10_000.0)),
+            ("llama.vocab_size", number(tokens.len())),
+            ("tokenizer.ggml.model", Value::from("gpt2")),
+            ("tokenizer.ggml.pre", Value::from("smollm")),
+            ("tokenizer.ggml.tokens", strings(tokens)),
+            ("tokenizer.ggml.token_type", Value::Array(Array::I32(token_types))),
+            ("tokenizer.ggml.merges", strings(merges)),
+            ("tokenizer.ggml.bos_token_id", Value::U32(1)),
+            ("tokenizer.ggml.eos_token_id", Value::U32(2)),
+            ("tokenizer.ggml.unknown_token_id", Value::U32(0)),
+            ("tokenizer.ggml.padding_token_id", Value::U32(2)),
+            ("tokenizer.ggml.add_space_prefix", Value::Bool(false)),
+            ("tokenizer.ggml.add_bos_token", Value::Bool(false)),
+            ("tokenizer.chat_template", Value::from(CHAT_TEMPLATE)),
+        ];
+        pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+}
+
+/// The folder of real files that some tests read: `LORAD_SHARED_DATA`, or `shared/data` beside the repository. Where it is
+/// absent, says so and gives `None`: the test has nothing to do.
+pub fn shared_data() -> Option<PathBuf> {
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
+    let folder = std::env::var_os("LORAD_SHARED_DATA").map_or_else(beside, PathBuf::from);
+    if folder.is_dir() {
+        return Some(folder);
+    }
+    eprintln!("SKIPPED: no shared test data in {} (LORAD_SHARED_DATA names another folder)", folder.display());
+    None
+}
+
+const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n\
+                             {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+const MERGES: [&str; 16] = [
+    "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "n d", "o u", "Ġ w", "l l", "Ġa nd", "in g",
+];
+
+/// Token types of GGUF: a text, and a token that only the program writes.
+const NORMAL: i32 = 1;
+const CONTROL: i32 = 3;
+
+/// Tokens, their types, and the merges.
+fn vocabulary() -> (Vec<String>, Vec<i32>, Vec<String>) {
+    let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
+    let mut tokens = special.to_vec();
+    let mut types = vec![CONTROL; tokens.len()];
+    tokens.extend((0..=u8::MAX).map(|byte| byte_character(byte).to_string()));
+    tokens.extend(MERGES.iter().map(|pair| pair.replace(' ', "")));
+    types.resize(tokens.len(), NORMAL);
+    (tokens, types, MERGES.map(str::to_owned).to_vec())
+}
+
+/// The character that stands for a byte in a byte-level vocabulary: itself where it is visible in Latin-1, else one from
+/// U+0100 on, in the order of the bytes.
+fn byte_character(byte: u8) -> char {
+    let is_visible = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    if is_visible(byte) {
+        return char::from(byte);
+    }
+    let invisible_before = (0..byte).filter(|&byte| !is_visible(byte)).count() as u32;
+    char::from_u32(0x100 + invisible_before).expect("below the surrogates")
+}
+
+/// Close to a normal deviate: the sum of twelve uniform ones, whose bits no mathematics library can change.
+fn normal(random: &mut ChaCha8Rng) -> f32 {
+    (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0
+}
