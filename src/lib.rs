@@ -1,6 +1,7 @@
 //! The LoRA daemon: a self-hosted fine-tuning server with OpenAI's API.
 
 pub mod config;
+pub mod http;
 pub mod hub;
 pub mod jobs;
 pub mod storage;

@@ -40,7 +40,7 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
     let training_file = job.spec.training_file;
     let mut tx = jobs.store.begin_write().await?;
     let Some(file) = store::file::find(&mut tx, training_file, owner, now_ms).await? else {
-        return Err(Error::NoSuchFile(training_file.to_string()));
+        return Err(Error::NoSuchTrainingFile(training_file));
     };
     if file.purpose != Purpose::FineTune {
         return Err(Error::WrongPurpose(file.purpose.to_string()));

@@ -7,6 +7,7 @@ pub mod claim;
 pub mod create;
 pub mod delete_file;
 pub mod finish_attempt;
+pub mod give_task;
 pub mod heartbeat;
 pub mod launcher;
 pub mod put_artifact;
@@ -29,6 +30,9 @@ pub enum Error {
     /// This owner has no such file.
     #[error("No such File object: {0}")]
     NoSuchFile(String),
+    /// The file that a job is to train on is not there.
+    #[error("training_file `{0}` does not exist")]
+    NoSuchTrainingFile(FileId),
     /// This owner has no such job.
     #[error("Could not find fine tune: {0}")]
     NoSuchJob(String),

@@ -148,22 +148,35 @@ pub async fn list(conn: &mut SqliteConnection, owner: &str, filter: &Filter) -> 
     jobs(rows)
 }
 
-/// This owner's jobs that made a model, newest first.
+/// The name of a fine-tuned model, or of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// `ft:…`.
+    pub name: String,
+    /// When it was made.
+    pub created_at_ms: i64,
+}
+
+/// The models that this owner's jobs made, and their listed checkpoints, newest first.
 ///
 /// # Errors
 /// The database failed.
-pub async fn succeeded(conn: &mut SqliteConnection, owner: &str) -> Result<Vec<Job>> {
-    let rows = sqlx::query_as!(
-        Row,
-        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
-                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
-                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
-             from job where owner = ? and status = 'succeeded' order by id desc"#,
+pub async fn models(conn: &mut SqliteConnection, owner: &str) -> Result<Vec<Model>> {
+    let models = sqlx::query_as!(
+        Model,
+        r#"select name, created_at_ms as "created_at_ms!"
+             from (select model_name as name, finished_at_ms as created_at_ms
+                     from job where owner = ?1 and status = 'succeeded'
+                   union all
+                   select checkpoint.model_name as name, checkpoint.created_at_ms as created_at_ms
+                     from checkpoint join job on job.id = checkpoint.job_id
+                    where job.owner = ?1 and checkpoint.listed = 1)
+            order by created_at_ms desc, name"#,
         owner,
     )
     .fetch_all(conn)
     .await?;
-    jobs(rows)
+    Ok(models)
 }
 
 /// The oldest job whose data set has to be read and that no attempt works for.

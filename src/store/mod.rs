@@ -78,6 +78,15 @@ impl Store {
         Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
     }
 
+    /// Asks the database for an answer.
+    ///
+    /// # Errors
+    /// There was none.
+    pub async fn ping(&self) -> Result<()> {
+        sqlx::query!("select 1 as one").fetch_one(&self.pool).await?;
+        Ok(())
+    }
+
     /// Closes every connection, after which the write-ahead log is folded into the file.
     pub async fn close(&self) {
         self.pool.close().await;

@@ -1,0 +1,191 @@
+//! `/v1/fine_tuning/jobs`: create, list, retrieve, cancel.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::App;
+use super::error::{ApiError, ErrorBody, Result};
+use super::list::List;
+use super::request::{JsonBytes, Params};
+use crate::types::artifact::ArtifactRequest;
+use crate::types::ids::JobId;
+use crate::types::job::{Job, JobError, Metadata, Status};
+use crate::types::job_request::{
+    DatasetFields, HyperparametersRequest, JobRequest, LoraFields, MethodRequest, SupervisedRequest, TrainingFields,
+};
+use crate::types::job_spec::JobSpec;
+use crate::types::{DEFAULT_OWNER, ORGANIZATION};
+use crate::{jobs, store};
+
+/// A fine-tuning job: OpenAI's fields, then lorad's.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FineTuningJob)]
+pub(super) struct JobView {
+    /// Its id, `ftjob-…`.
+    id: String,
+    /// Always `fine_tuning.job`.
+    #[schema(value_type = String, example = "fine_tuning.job")]
+    object: &'static str,
+    /// When it was made, in Unix seconds.
+    created_at: i64,
+    /// When it came to its end, in Unix seconds.
+    finished_at: Option<i64>,
+    /// Always null: no estimate is made.
+    estimated_finish: Option<i64>,
+    /// The base model.
+    model: String,
+    /// Name of the model that it made.
+    fine_tuned_model: Option<String>,
+    /// Always `lorad`.
+    #[schema(value_type = String, example = "lorad")]
+    organization_id: &'static str,
+    /// How far it is.
+    status: Status,
+    /// `auto` until the training file was validated, then numbers.
+    hyperparameters: HyperparametersRequest,
+    /// How it trains.
+    method: MethodRequest,
+    /// Id of the training file.
+    training_file: String,
+    /// Always null: validation files are not supported yet.
+    validation_file: Option<String>,
+    /// Ids of the files with the metrics of every step.
+    result_files: Vec<String>,
+    /// Tokens that had a loss, over the whole run.
+    trained_tokens: Option<i64>,
+    /// Seed of LoRA initialisation and shuffling.
+    seed: u64,
+    /// Always empty: integrations are not supported yet.
+    #[schema(value_type = Vec<Object>)]
+    integrations: [(); 0],
+    /// The caller's labels.
+    metadata: Option<Metadata>,
+    /// Why it failed.
+    error: Option<JobError>,
+    /// Part of the model's name.
+    user_provided_suffix: Option<String>,
+    /// Steps of the whole run, once the first is done.
+    total_steps: Option<i64>,
+    /// The LoRA.
+    lora: LoraFields,
+    /// Always `auto`.
+    #[schema(value_type = String, example = "auto")]
+    quantization: &'static str,
+    /// The data set.
+    dataset: DatasetFields,
+    /// Always 0.
+    priority: i64,
+    /// The training loop.
+    training: TrainingFields,
+    /// Files that it leaves behind.
+    artifacts: Vec<ArtifactRequest>,
+}
+
+impl From<Job> for JobView {
+    fn from(job: Job) -> Self {
+        let train = &job.spec.train;
+        let resolved = HyperparametersRequest::resolved(train);
+        let hyperparameters = if job.validated_at_ms.is_some() { resolved } else { job.spec.hyperparameters };
+        Self {
+            id: job.id.to_string(),
+            object: "fine_tuning.job",
+            created_at: job.created_at_ms / 1000,
+            finished_at: job.finished_at_ms.map(|at| at / 1000),
+            estimated_finish: None,
+            fine_tuned_model: (job.status == Status::Succeeded).then_some(job.model_name),
+            organization_id: ORGANIZATION,
+            status: job.status,
+            hyperparameters,
+            method: MethodRequest {
+                kind: "supervised".into(),
+                supervised: Some(SupervisedRequest { hyperparameters: Some(hyperparameters) }),
+                dpo: None,
+                reinforcement: None,
+            },
+            training_file: job.spec.training_file.to_string(),
+            validation_file: None,
+            result_files: job.result_file_id.iter().map(ToString::to_string).collect(),
+            trained_tokens: job.trained_tokens,
+            seed: train.seed,
+            integrations: [],
+            error: job.error,
+            total_steps: job.total_steps,
+            lora: train.into(),
+            quantization: "auto",
+            dataset: train.into(),
+            priority: 0,
+            training: train.into(),
+            model: job.spec.model,
+            metadata: job.spec.metadata,
+            user_provided_suffix: job.spec.suffix,
+            artifacts: job.spec.artifacts,
+        }
+    }
+}
+
+/// The job of that id, if this owner has it.
+pub(super) async fn find(app: &App, id: &str) -> Result<Job> {
+    let no_such_job = || ApiError::no_such_job(id);
+    let job_id = id.parse().map_err(|_| no_such_job())?;
+    let mut conn = app.jobs.store.read().await?;
+    store::job::find(&mut conn, job_id, DEFAULT_OWNER).await?.ok_or_else(no_such_job)
+}
+
+/// Create a fine-tuning job.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs", tag = "Fine-tuning", request_body = JobRequest,
+    responses((status = 200, body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn create(State(app): State<App>, body: JsonBytes) -> Result<Json<JobView>> {
+    let spec = JobSpec::parse(&body.0)?;
+    let request = String::from_utf8_lossy(&body.0);
+    let job = jobs::create::create(&app.jobs, &app.hub, DEFAULT_OWNER, spec, &request).await?;
+    Ok(Json(job.into()))
+}
+
+/// List fine-tuning jobs, newest first.
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs", tag = "Fine-tuning",
+    params(("after" = Option<String>, Query, description = "Id of the last job of the page before"),
+        ("limit" = Option<i64>, Query, description = "1 to 1000, default 20"),
+        ("metadata" = Option<String>, Query,
+            description = "`metadata[key]=value`: only jobs with this label; `metadata=null`: only jobs without labels")),
+    responses((status = 200, body = List<JobView>), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<Json<List<JobView>>> {
+    let limit = params.limit(20, 1000)?;
+    let after = params.take::<JobId>("after")?;
+    let metadata = params.map("metadata").into_iter().collect();
+    let without_metadata = match params.take::<String>("metadata")?.as_deref() {
+        None => false,
+        Some("null") => true,
+        Some(other) => {
+            let message = format!("metadata must be `null` or of the form metadata[key]=value, got `{other}`");
+            return Err(ApiError::bad_request("metadata", message));
+        }
+    };
+    params.finish()?;
+    let filter = store::job::Filter { after, metadata, without_metadata, limit: limit + 1 };
+    let mut conn = app.jobs.store.read().await?;
+    let jobs = store::job::list(&mut conn, DEFAULT_OWNER, &filter).await?;
+    let jobs = jobs.into_iter().map(JobView::from).collect();
+    Ok(Json(List::page(jobs, limit, |job: &JobView| job.id.clone())))
+}
+
+/// Retrieve a fine-tuning job.
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}", tag = "Fine-tuning",
+    params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
+    responses((status = 200, body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<JobView>> {
+    Ok(Json(find(&app, &id).await?.into()))
+}
+
+/// Cancel a fine-tuning job.
+///
+/// Its status changes at once, its worker ends within seconds. The body must be empty, or is ignored.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", tag = "Fine-tuning",
+    params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
+    responses((status = 200, body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>) -> Result<Json<JobView>> {
+    let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
+    let job = jobs::cancel::cancel(&app.jobs, DEFAULT_OWNER, job_id).await?;
+    Ok(Json(job.into()))
+}

@@ -1,0 +1,169 @@
+//! The HTTP API: the route table, what every request goes through, and the routes.
+
+mod access;
+mod artifacts;
+mod checkpoints;
+mod download;
+mod error;
+mod files;
+mod fine_tuning_jobs;
+mod health;
+mod job_events;
+mod list;
+mod models;
+pub mod openapi;
+mod request;
+mod worker_api;
+
+use std::any::Any;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::TimeoutLayer;
+use tracing::Instrument;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+pub use access::{Access, OpenDoor};
+pub use error::{ErrorBody, ErrorObject};
+
+use crate::config::Config;
+use crate::hub::Hub;
+use crate::jobs::Jobs;
+
+/// Longest time that a request may take which is no upload, download or stream.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What the routes work with; clones share it.
+#[derive(Debug, Clone)]
+pub struct App {
+    jobs: Jobs,
+    hub: Hub,
+    access: Access,
+    max_upload_bytes: u64,
+    lease: Duration,
+    checkpoint_seconds: u64,
+    shutdown: CancellationToken,
+}
+
+impl App {
+    /// The routes' state. Once `shutdown` is cancelled, event streams end and `/readyz` says no.
+    ///
+    /// # Errors
+    /// A configuration that would let anybody in.
+    pub fn new(config: &Config, jobs: Jobs, hub: Hub, shutdown: CancellationToken) -> Result<Self, OpenDoor> {
+        Ok(Self {
+            jobs,
+            hub,
+            access: Access::from_config(config)?,
+            max_upload_bytes: config.server.max_upload_bytes,
+            lease: config.workers.lease(),
+            checkpoint_seconds: u64::from(config.workers.checkpoint_seconds),
+            shutdown,
+        })
+    }
+}
+
+/// Every route that `openapi.yaml` describes.
+fn described() -> OpenApiRouter<App> {
+    // Uploads, downloads and streams take as long as they take; everything else is quick.
+    let unhurried = OpenApiRouter::new()
+        .routes(routes!(files::upload))
+        .routes(routes!(files::content))
+        .routes(routes!(artifacts::content))
+        .routes(routes!(job_events::list))
+        .layer(DefaultBodyLimit::disable());
+    let quick = OpenApiRouter::new()
+        .routes(routes!(files::list))
+        .routes(routes!(files::retrieve, files::delete))
+        .routes(routes!(fine_tuning_jobs::list, fine_tuning_jobs::create))
+        .routes(routes!(fine_tuning_jobs::retrieve))
+        .routes(routes!(fine_tuning_jobs::cancel))
+        .routes(routes!(checkpoints::list))
+        .routes(routes!(artifacts::list))
+        .routes(routes!(artifacts::retrieve))
+        .routes(routes!(models::list))
+        .routes(routes!(models::retrieve))
+        .routes(routes!(health::healthz))
+        .routes(routes!(health::readyz))
+        .routes(routes!(openapi::json))
+        .routes(routes!(openapi::yaml))
+        .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, REQUEST_TIMEOUT));
+    unhurried.merge(quick)
+}
+
+/// The public API.
+pub fn public_router(app: App) -> Router {
+    let (router, _) = described().split_for_parts();
+    let access = app.access.clone();
+    around(router.with_state(app).layer(middleware::from_fn_with_state(access, access::guard)))
+}
+
+/// The API of the workers, for the listener that is theirs alone.
+pub fn worker_router(app: App) -> Router {
+    around(worker_api::router(app))
+}
+
+/// What every request goes through, outermost last.
+fn around(router: Router) -> Router {
+    router
+        .layer(middleware::from_fn(envelope))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(observe))
+}
+
+/// Puts errors that are not ours (the router's, an extractor's, a timeout's) into the envelope.
+async fn envelope(request: Request, next: Next) -> Response {
+    let target = format!("{} {}", request.method(), request.uri().path());
+    let response = next.run(request).await;
+    let status = response.status();
+    let is_json = response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/json");
+    if is_json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let message = match status {
+        StatusCode::NOT_FOUND => format!("Unknown request URL: {target}"),
+        StatusCode::METHOD_NOT_ALLOWED => format!("Not allowed method for this URL: {target}"),
+        StatusCode::SERVICE_UNAVAILABLE => format!("{target} took too long, try again later"),
+        _ => format!("{target}: {}", status.canonical_reason().unwrap_or("the request failed")),
+    };
+    let mut enveloped = error::ApiError::of_status(status, &message).into_response();
+    if let Some(allow) = response.headers().get(header::ALLOW) {
+        enveloped.headers_mut().insert(header::ALLOW, allow.clone());
+    }
+    enveloped
+}
+
+/// A bug of ours: told to the log with its text, to the client without.
+fn panicked(panic: Box<dyn Any + Send>) -> Response<Body> {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(panic = text.unwrap_or("of unknown kind"), "a request panicked");
+    let message = "The server had an error while processing your request; its log has more under this x-request-id";
+    error::ApiError::of_status(StatusCode::INTERNAL_SERVER_ERROR, message).into_response()
+}
+
+/// Gives each request an id, in its answer and in the log.
+async fn observe(request: Request, next: Next) -> Response {
+    const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+    let id = format!("req_{}", uuid::Uuid::new_v4().as_simple());
+    let span = tracing::info_span!("request", id, method = %request.method(), path = request.uri().path());
+    let began = std::time::Instant::now();
+    async move {
+        let mut response = next.run(request).await;
+        let elapsed_ms = began.elapsed().as_millis();
+        tracing::debug!(status = response.status().as_u16(), elapsed_ms, "answered");
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert(X_REQUEST_ID, value);
+        }
+        response
+    }
+    .instrument(span)
+    .await
+}

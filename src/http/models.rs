@@ -1,0 +1,54 @@
+//! `/v1/models`: base models of the catalogue and of the models folder, fine-tuned ones and their checkpoints.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::App;
+use super::error::{ApiError, ErrorBody, Result};
+use super::list::List;
+use crate::types::{DEFAULT_OWNER, ORGANIZATION};
+use crate::{jobs, store};
+
+/// A model, as OpenAI shows it.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Model)]
+pub(super) struct ModelView {
+    /// Its name.
+    id: String,
+    /// Always `model`.
+    #[schema(value_type = String, example = "model")]
+    object: &'static str,
+    /// When it was made, in Unix seconds; 0 where its file is not on this machine yet.
+    created: i64,
+    /// `system` for base models, else whose it is.
+    #[schema(value_type = String, example = "lorad")]
+    owned_by: &'static str,
+}
+
+async fn all(app: &App) -> Result<Vec<ModelView>> {
+    let hub = app.hub.clone();
+    let base = tokio::task::spawn_blocking(move || hub.list()).await.map_err(jobs::Error::from)?;
+    let base = base.into_iter().map(|model| (model.name, model.created_at, "system"));
+    let mut conn = app.jobs.store.read().await?;
+    let tuned = store::job::models(&mut conn, DEFAULT_OWNER).await?;
+    let tuned = tuned.into_iter().map(|model| (model.name, model.created_at_ms / 1000, ORGANIZATION));
+    Ok(base.chain(tuned).map(|(id, created, owned_by)| ModelView { id, object: "model", created, owned_by }).collect())
+}
+
+/// List models, all in one page.
+#[utoipa::path(get, path = "/v1/models", tag = "Models",
+    responses((status = 200, body = List<ModelView>), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn list(State(app): State<App>) -> Result<Json<List<ModelView>>> {
+    Ok(Json(List::all(all(&app).await?, |model: &ModelView| model.id.clone())))
+}
+
+/// Retrieve a model.
+#[utoipa::path(get, path = "/v1/models/{model}", tag = "Models",
+    params(("model" = String, Path, description = "Its name, `/` as `%2F`")),
+    responses((status = 200, body = ModelView), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn retrieve(State(app): State<App>, Path(name): Path<String>) -> Result<Json<ModelView>> {
+    let model = all(&app).await?.into_iter().find(|model| model.id == name);
+    model.map(Json).ok_or_else(|| ApiError::no_such_model(&name))
+}
