@@ -1,6 +1,7 @@
 //! LoRA training on quantized Llama-family models: forward and backward by hand, no autograd, no server.
 
 mod error;
+pub mod export;
 pub mod gguf;
 pub mod model;
 pub mod spec;

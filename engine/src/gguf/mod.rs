@@ -14,6 +14,7 @@ mod writer;
 pub use reader::GgufFile;
 pub use types::{StoredType, TensorInfo};
 pub use value::{Array, Value};
+pub(crate) use writer::same_bytes;
 pub use writer::{SealedFile, TensorSpec, Writer};
 
 /// Alignment of the data section and of every tensor where the file names none; the writer knows no other.

@@ -194,6 +194,16 @@ fn header(metadata: &[(String, Value)], tensors: &[TensorSpec]) -> Result<(Vec<u
     Ok((out, sizes))
 }
 
+/// Whether two values are stored as the same bytes; unlike `==`, that holds for a NaN and itself.
+pub(crate) fn same_bytes(a: &Value, b: &Value) -> bool {
+    let encoded = |value: &Value| {
+        let mut out = value.type_id().to_le_bytes().to_vec();
+        put_value(&mut out, value);
+        out
+    };
+    encoded(a) == encoded(b)
+}
+
 fn put_length(out: &mut Vec<u8>, length: usize) {
     out.extend((length as u64).to_le_bytes());
 }

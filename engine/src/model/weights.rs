@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use memmap2::{Mmap, MmapMut};
 use rayon::prelude::*;
 
-use crate::gguf::GgufFile;
+use crate::gguf::{GgufFile, TensorInfo};
 use crate::{Error, Result};
 
 /// Values that one task converts at least, so that a task outweighs its hand-over.
@@ -94,8 +94,16 @@ impl Weight {
                 "tensor `{name}` has the shape {shape:?}, must have [{rows}, {columns}]"
             )));
         }
-        Self::new(Arc::clone(file.mapped()), tensor.offset, tensor.dtype()?, expected)
-            .map_err(|message| Error::Model(format!("tensor `{name}` {message}")))
+        Self::from_tensor(file, tensor)
+    }
+
+    /// A tensor of the file, whatever its dimensions: all but the innermost make up the rows.
+    ///
+    /// # Errors
+    /// [`Error::Model`] where the tensor has a type that cannot be dequantized.
+    pub(crate) fn from_tensor(file: &GgufFile, tensor: &TensorInfo) -> Result<Self> {
+        Self::new(Arc::clone(file.mapped()), tensor.offset, tensor.dtype()?, (tensor.rows(), tensor.columns()))
+            .map_err(|message| Error::Model(format!("tensor `{}` {message}", tensor.name)))
     }
 
     /// A matrix from bytes in memory, in blocks of that type.
