@@ -7,5 +7,6 @@ pub mod model;
 pub mod spec;
 #[doc(hidden)]
 pub mod testing;
+pub mod tokenizer;
 
 pub use error::{Error, Result};
