@@ -25,6 +25,9 @@ pub enum Error {
     /// A chat template does not compile, does not render, or renders what cannot be masked.
     #[error("invalid chat template: {0}")]
     Template(String),
+    /// A data set cannot be trained on.
+    #[error(transparent)]
+    Dataset(#[from] crate::data::DatasetError),
     /// A hyperparameter is out of its range.
     #[error(transparent)]
     Spec(#[from] crate::spec::SpecError),

@@ -1,5 +1,6 @@
 //! LoRA training on quantized Llama-family models: forward and backward by hand, no autograd, no server.
 
+pub mod data;
 mod error;
 pub mod export;
 pub mod gguf;

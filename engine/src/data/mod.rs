@@ -1,0 +1,246 @@
+//! Training rows out of a file: read, judge every row, render, tokenize, mask.
+
+mod batch;
+mod encode;
+mod error;
+mod format;
+mod jinja;
+mod reader;
+mod report;
+mod template;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+
+pub use batch::{Loader, MicroBatch, NO_LABEL};
+pub use encode::chat_prompt;
+pub use error::DatasetError;
+pub use report::{BadRow, BadRowCode, Format, LISTED_BAD_ROWS, Report};
+pub use template::{ChatTemplate, Message, Role};
+
+use crate::spec::{DatasetFormat, TrainOn, TrainSpec};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+use encode::EncodeError;
+use reader::{RawRow, RowReader};
+use report::Problem;
+
+/// Rows that a training needs, as OpenAI has it.
+pub const MIN_ROWS: u64 = 10;
+/// Rows that are judged at once, and the bytes after which a batch of them is full before that.
+const BATCH_ROWS: usize = 256;
+const BATCH_BYTES: usize = 32 << 20;
+
+/// A row in tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Row {
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+    /// Which of them are to be predicted; never the first.
+    pub trained: Vec<bool>,
+}
+
+impl Row {
+    fn push(&mut self, tokens: &[u32], trained: bool) {
+        self.tokens.extend_from_slice(tokens);
+        self.trained.resize(self.tokens.len(), trained);
+    }
+
+    fn truncate(&mut self, length: usize) {
+        self.tokens.truncate(length);
+        self.trained.truncate(length);
+    }
+
+    /// How many of its tokens are to be predicted.
+    pub fn trained_tokens(&self) -> usize {
+        self.trained.iter().filter(|&&trained| trained).count()
+    }
+}
+
+/// A data set that can be trained on.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// Its rows, in the file's order.
+    pub rows: Vec<Row>,
+    /// What was found on the way.
+    pub report: Report,
+}
+
+/// Reads a data set as the model will see it.
+///
+/// # Errors
+/// [`Error::Dataset`] where it cannot be trained on, [`Error::Template`] and [`Error::Tokenizer`] where the model's own
+/// template or tokenizer is at fault, [`Error::Spec`] for a row length above the model's.
+pub fn prepare(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize) -> Result<Dataset> {
+    read(path, spec, tokenizer, context_length, true)
+}
+
+/// The same reading as [`prepare`], for its report: nothing is kept in memory.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn validate(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize) -> Result<Report> {
+    Ok(read(path, spec, tokenizer, context_length, false)?.report)
+}
+
+fn read(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize, keep: bool) -> Result<Dataset> {
+    let max_seq_length = spec.max_seq_length(context_length)?;
+    let template = ChatTemplate::for_model(spec.dataset.template, tokenizer)?;
+    let judge = Judge { template, tokenizer, train_on: spec.dataset.train_on };
+    let io_error = |error: std::io::Error| DatasetError::Io { path: path.to_owned(), message: error.to_string() };
+    let file = File::open(path).map_err(io_error)?;
+    let mut reader = RowReader::new(BufReader::with_capacity(1 << 18, file));
+
+    let mut format = match spec.dataset.format {
+        DatasetFormat::Auto => None,
+        DatasetFormat::Alpaca => Some(Format::Alpaca),
+        DatasetFormat::Chat => Some(Format::Chat),
+    };
+    let mut dataset = Dataset { rows: Vec::new(), report: Report::default() };
+    loop {
+        let raw = next_rows(&mut reader).map_err(io_error)?;
+        if raw.is_empty() {
+            break;
+        }
+        let parsed: Vec<ParsedRow> = raw.into_par_iter().map(ParsedRow::new).collect();
+        if format.is_none() {
+            let objects = parsed.iter().filter_map(|row| row.object.as_ref().ok());
+            format = format::detect(objects).transpose().map_err(|found| DatasetError::UnknownFormat { found })?;
+        }
+        dataset.report.format = format;
+        let judged: Vec<JudgedRow> = parsed.into_par_iter().map(|row| judge.judge(row, format)).collect();
+        for row in judged {
+            add_row(&mut dataset, row, max_seq_length, keep)?;
+        }
+    }
+    check(dataset)
+}
+
+/// The next rows of a file, some at a time so that the file is never in memory as a whole.
+fn next_rows<R: std::io::BufRead>(reader: &mut RowReader<R>) -> std::io::Result<Vec<RawRow>> {
+    let (mut rows, mut bytes) = (Vec::new(), 0);
+    while rows.len() < BATCH_ROWS && bytes < BATCH_BYTES {
+        let Some(row) = reader.next().transpose()? else { break };
+        bytes += row.text.as_ref().map_or(0, Vec::len);
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+/// A row's JSON, or why it is none, and where it stands.
+struct ParsedRow {
+    line: u64,
+    row: u64,
+    object: Result<Map<String, Value>, Problem>,
+}
+
+impl ParsedRow {
+    fn new(raw: RawRow) -> Self {
+        let RawRow { line, row, text } = raw;
+        match text.map(|text| format::parse_json(&text)) {
+            Ok(Ok(object)) => Self { line, row, object: Ok(object) },
+            Ok(Err((lines_down, problem))) => Self { line: line + lines_down, row, object: Err(problem) },
+            Err(problem) => Self { line, row, object: Err(problem) },
+        }
+    }
+}
+
+/// What came of a row.
+struct JudgedRow {
+    line: u64,
+    row: u64,
+    ignored: Vec<String>,
+    tokens: Result<Row, EncodeError>,
+}
+
+/// Everything that judging a row takes.
+struct Judge<'a> {
+    template: ChatTemplate,
+    tokenizer: &'a Tokenizer,
+    train_on: TrainOn,
+}
+
+impl Judge<'_> {
+    fn judge(&self, parsed: ParsedRow, format: Option<Format>) -> JudgedRow {
+        let ParsedRow { line, row, object } = parsed;
+        let example = object.and_then(|object| {
+            // Without a format there is no object among the rows so far, and so none here.
+            let format = format.unwrap_or(Format::Chat);
+            format::parse_row(&object, format)
+        });
+        match example {
+            Err(problem) => JudgedRow { line, row, ignored: Vec::new(), tokens: Err(EncodeError::Row(problem)) },
+            Ok(example) => {
+                let tokens = encode::encode_row(&example.messages, &self.template, self.tokenizer, self.train_on);
+                JudgedRow { line, row, ignored: example.ignored, tokens }
+            }
+        }
+    }
+}
+
+fn add_row(dataset: &mut Dataset, judged: JudgedRow, max_seq_length: usize, keep: bool) -> Result<()> {
+    let JudgedRow { line, row, ignored, tokens } = judged;
+    let report = &mut dataset.report;
+    report.rows += 1;
+    for name in ignored {
+        report.add_ignored_field(name);
+    }
+    let mut tokens = match tokens {
+        Ok(tokens) => tokens,
+        Err(EncodeError::Row(problem)) => {
+            report.add_bad_row(problem.at(line, row));
+            return Ok(());
+        }
+        Err(EncodeError::Fatal(Error::Template(message))) => {
+            return Err(Error::Template(format!("{message} (seen at line {line} of the data set)")));
+        }
+        Err(EncodeError::Fatal(error)) => return Err(error),
+    };
+    report.longest = report.longest.max(tokens.tokens.len() as u64);
+    if tokens.tokens.len() > max_seq_length {
+        report.truncated_rows += 1;
+        tokens.truncate(max_seq_length);
+    }
+    let trained = tokens.trained_tokens() as u64;
+    if trained == 0 {
+        report.dropped_rows += 1;
+        return Ok(());
+    }
+    report.tokens += tokens.tokens.len() as u64;
+    report.trained_tokens += trained;
+    if keep && report.bad_row_count == 0 {
+        dataset.rows.push(tokens);
+    }
+    Ok(())
+}
+
+/// The verdict on the whole file.
+fn check(dataset: Dataset) -> Result<Dataset> {
+    let report = &dataset.report;
+    if report.rows == 0 {
+        return Err(DatasetError::Empty.into());
+    }
+    if report.bad_row_count > 0 {
+        return Err(DatasetError::BadRows(Box::new(dataset.report)).into());
+    }
+    if report.rows < MIN_ROWS {
+        return Err(DatasetError::TooFewRows { rows: report.rows, needed: MIN_ROWS }.into());
+    }
+    if report.trained_tokens == 0 {
+        return Err(DatasetError::NothingToTrain(Box::new(dataset.report)).into());
+    }
+    if report.dropped_rows > 0 {
+        tracing::warn!(
+            rows = report.dropped_rows,
+            max_seq_length_cut = report.truncated_rows,
+            "rows left out, their answer lies beyond max_seq_length"
+        );
+    }
+    Ok(dataset)
+}

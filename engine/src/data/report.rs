@@ -1,0 +1,156 @@
+//! What was found in a data set: counts, and every row that cannot be used.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Bad rows that a report lists; all are counted.
+pub const LISTED_BAD_ROWS: usize = 100;
+/// Names of ignored fields that a report lists.
+const LISTED_FIELDS: usize = 100;
+
+/// How rows are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// `instruction`, optional `input`, `output`.
+    Alpaca,
+    /// OpenAI's `messages: [{role, content}]`.
+    Chat,
+}
+
+impl Format {
+    /// The name that the API uses.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alpaca => "alpaca",
+            Self::Chat => "chat",
+        }
+    }
+}
+
+/// What is wrong with a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BadRowCode {
+    /// The text is no UTF-8.
+    InvalidUtf8,
+    /// The text is no JSON.
+    InvalidJson,
+    /// The row is longer than a row may be; what follows was not read.
+    RowTooLong,
+    /// The row is JSON, but no object.
+    NotAnObject,
+    /// A field that must be there is not.
+    MissingField,
+    /// A field holds another type than it must.
+    WrongType,
+    /// A text that must say something is empty.
+    EmptyField,
+    /// A field holds a value that it cannot have.
+    InvalidValue,
+    /// A field asks for something that is not supported.
+    UnsupportedField,
+    /// The row is of another format than the rows before it.
+    MixedFormat,
+    /// A message's role is not system, user or assistant.
+    UnknownRole,
+    /// No assistant message is to be trained on.
+    NoAssistantMessage,
+    /// The conversation begins with the assistant, so that there is nothing to answer.
+    NoPrompt,
+    /// The last message is not the assistant's.
+    LastMessageNotAssistant,
+    /// The model's chat template refuses the row.
+    TemplateRefused,
+}
+
+/// A row that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BadRow {
+    /// Line of the file, from 1; where the row begins, or where its JSON breaks.
+    pub line: u64,
+    /// The row's number, from 1; blank lines are no rows.
+    pub row: u64,
+    /// JSON pointer to the field within the row; empty for the row itself.
+    pub pointer: String,
+    /// What is wrong, for programs.
+    pub code: BadRowCode,
+    /// What is wrong, for people.
+    pub message: String,
+    /// What would be right.
+    pub hint: String,
+}
+
+impl fmt::Display for BadRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.message)?;
+        if self.hint.is_empty() { Ok(()) } else { write!(f, " ({})", self.hint) }
+    }
+}
+
+/// What was found in a data set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The rows' format; `None` where no row could be read.
+    pub format: Option<Format>,
+    /// Rows in the file, bad ones too.
+    pub rows: u64,
+    /// Tokens of the usable rows, once each, after truncation.
+    pub tokens: u64,
+    /// Those of them that have a loss.
+    pub trained_tokens: u64,
+    /// Tokens of the longest row before truncation.
+    pub longest: u64,
+    /// Rows cut at max_seq_length.
+    pub truncated_rows: u64,
+    /// Rows left out because nothing to train was left of them after the cut.
+    pub dropped_rows: u64,
+    /// Rows that cannot be used.
+    pub bad_row_count: u64,
+    /// The first 100 of them.
+    pub bad_rows: Vec<BadRow>,
+    /// Fields that no format knows, and in how many rows each was: they were not looked at. (Fields of a message stand as
+    /// `messages.NAME`.) At most 100 names.
+    pub ignored_fields: BTreeMap<String, u64>,
+}
+
+impl Report {
+    pub(super) fn add_bad_row(&mut self, row: BadRow) {
+        self.bad_row_count += 1;
+        if self.bad_rows.len() < LISTED_BAD_ROWS {
+            self.bad_rows.push(row);
+        }
+    }
+
+    pub(super) fn add_ignored_field(&mut self, name: String) {
+        if self.ignored_fields.len() < LISTED_FIELDS || self.ignored_fields.contains_key(&name) {
+            *self.ignored_fields.entry(name).or_default() += 1;
+        }
+    }
+}
+
+/// What is wrong with a row, before it is known where the row stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Problem {
+    pub(super) pointer: String,
+    pub(super) code: BadRowCode,
+    pub(super) message: String,
+    pub(super) hint: String,
+}
+
+impl Problem {
+    pub(super) fn new(pointer: impl Into<String>, code: BadRowCode, message: impl Into<String>) -> Self {
+        Self { pointer: pointer.into(), code, message: message.into(), hint: String::new() }
+    }
+
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = hint.into();
+        self
+    }
+
+    pub(super) fn at(self, line: u64, row: u64) -> BadRow {
+        BadRow { line, row, pointer: self.pointer, code: self.code, message: self.message, hint: self.hint }
+    }
+}
