@@ -43,16 +43,22 @@ impl From<RenderError> for EncodeError {
     }
 }
 
-/// The tokens of a training row, not truncated; it ends in the token that ends the assistant's last turn.
+/// The tokens of a training row; it ends in the token that ends the assistant's last turn. It is not cut at `max_tokens`, but
+/// what follows them has no turns any more: a row of very many turns would be rendered once for each of them.
 pub(super) fn encode_row(
     messages: &[Message],
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
     train_on: TrainOn,
+    max_tokens: usize,
 ) -> Result<Row, EncodeError> {
     let mut row = Row::default();
     let mut conversation = Conversation::new(template, tokenizer);
     for (index, message) in messages.iter().enumerate().filter(|(_, message)| message.role == Role::Assistant) {
+        if row.tokens.len() >= max_tokens {
+            row.push(&conversation.rest(messages)?, false);
+            break;
+        }
         let (prompt, turn) = conversation.turn(messages, index)?;
         row.push(&prompt, train_on == TrainOn::All);
         row.push(&turn, message.trained);
@@ -101,14 +107,7 @@ impl<'a> Conversation<'a> {
 
     /// The tokens since the last turn up to where the assistant answers these messages, and the text of all of it.
     fn prompt(&self, messages: &[Message]) -> Result<(Vec<u32>, String), EncodeError> {
-        let prompt = self.template.try_render(messages, true)?;
-        if !prompt.starts_with(&self.rendered) {
-            let message = format!(
-                "the text of the first {} messages is changed by those after them, so the tokens of each turn cannot be told",
-                messages.len().saturating_sub(1)
-            );
-            return Err(Error::Template(message).into());
-        }
+        let prompt = self.render(messages, true)?;
         let mut tokens = self.tokenizer.encode(&prompt[self.encoded..], true)?;
         if self.encoded == 0 && self.tokenizer.adds_bos() {
             // A template that writes BOS itself has written it already.
@@ -116,6 +115,23 @@ impl<'a> Conversation<'a> {
             tokens.splice(0..0, bos);
         }
         Ok((tokens, prompt))
+    }
+
+    /// The tokens since the last turn up to the end of the conversation.
+    fn rest(&self, messages: &[Message]) -> Result<Vec<u32>, EncodeError> {
+        let full = self.render(messages, false)?;
+        Ok(self.tokenizer.encode(full[self.encoded..].trim_end(), true)?)
+    }
+
+    /// The text of messages of which some are rendered already.
+    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, EncodeError> {
+        let text = self.template.try_render(messages, add_generation_prompt)?;
+        if text.starts_with(&self.rendered) {
+            return Ok(text);
+        }
+        let message =
+            "what it writes for a message is changed by those after it, so the tokens of each turn cannot be told";
+        Err(Error::Template(message.into()).into())
     }
 
     /// The tokens of the prompt before the assistant's message `index`, and those of the message, its end token included.

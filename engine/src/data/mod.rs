@@ -92,7 +92,7 @@ pub fn validate(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_le
 fn read(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize, keep: bool) -> Result<Dataset> {
     let max_seq_length = spec.max_seq_length(context_length)?;
     let template = ChatTemplate::for_model(spec.dataset.template, tokenizer)?;
-    let judge = Judge { template, tokenizer, train_on: spec.dataset.train_on };
+    let judge = Judge { template, tokenizer, train_on: spec.dataset.train_on, max_seq_length };
     let io_error = |error: std::io::Error| DatasetError::Io { path: path.to_owned(), message: error.to_string() };
     let file = File::open(path).map_err(io_error)?;
     let mut reader = RowReader::new(BufReader::with_capacity(1 << 18, file));
@@ -164,6 +164,7 @@ struct Judge<'a> {
     template: ChatTemplate,
     tokenizer: &'a Tokenizer,
     train_on: TrainOn,
+    max_seq_length: usize,
 }
 
 impl Judge<'_> {
@@ -177,7 +178,8 @@ impl Judge<'_> {
         match example {
             Err(problem) => JudgedRow { line, row, ignored: Vec::new(), tokens: Err(EncodeError::Row(problem)) },
             Ok(example) => {
-                let tokens = encode::encode_row(&example.messages, &self.template, self.tokenizer, self.train_on);
+                let (template, train_on, max_tokens) = (&self.template, self.train_on, self.max_seq_length);
+                let tokens = encode::encode_row(&example.messages, template, self.tokenizer, train_on, max_tokens);
                 JudgedRow { line, row, ignored: example.ignored, tokens }
             }
         }

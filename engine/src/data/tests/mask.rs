@@ -27,7 +27,7 @@ fn marked(tokenizer: &Tokenizer, row: &Row) -> String {
 fn encode(template: &str, add_bos: bool, messages: &[Message], train_on: TrainOn) -> Result<String, EncodeError> {
     let tokenizer = tokenizer(Some(template), add_bos);
     let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
-    encode::encode_row(messages, &template, &tokenizer, train_on).map(|row| marked(&tokenizer, &row))
+    encode::encode_row(messages, &template, &tokenizer, train_on, 4096).map(|row| marked(&tokenizer, &row))
 }
 
 fn encoded(template: &str, add_bos: bool, messages: &[Message]) -> String {
@@ -94,7 +94,8 @@ fn training_sees_the_tokens_that_generation_starts_from() {
         // An answer that begins with line breaks: with the prompt's own they would make one token.
         let conversation =
             messages(&[(Role::User, "q1"), (Role::Assistant, "\n\n\na1"), (Role::User, "q2"), (Role::Assistant, "a2")]);
-        let row = encode::encode_row(&conversation, &template, &tokenizer, TrainOn::Completions).expect("encodes");
+        let row =
+            encode::encode_row(&conversation, &template, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
         for asked in [1, 3] {
             let prompt = chat_prompt(&conversation[..asked], &template, &tokenizer).expect("encodes");
             assert_eq!(row.tokens[..prompt.len()], prompt);
@@ -104,11 +105,30 @@ fn training_sees_the_tokens_that_generation_starts_from() {
 }
 
 #[test]
+fn what_lies_beyond_the_cut_is_counted_but_not_taken_apart() {
+    let mut conversation = Vec::new();
+    for _ in 0..2000 {
+        conversation.extend(messages(&[(Role::User, "q"), (Role::Assistant, "a")]));
+    }
+    let tokenizer = tokenizer(Some(CHATML), false);
+    let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
+    let encode = |messages: &[Message], max_tokens| {
+        encode::encode_row(messages, &template, &tokenizer, TrainOn::Completions, max_tokens).expect("encodes")
+    };
+    let cut = encode(&conversation, 64);
+    let few = encode(&conversation[..20], 4096);
+    assert_eq!((&cut.tokens[..64], &cut.trained[..64]), (&few.tokens[..64], &few.trained[..64]));
+    let turn = few.tokens.len() - encode(&conversation[..18], 4096).tokens.len();
+    assert_eq!(cut.tokens.len(), few.tokens.len() + 1990 * turn);
+    assert_eq!(cut.tokens.last().copied(), tokenizer.eos());
+}
+
+#[test]
 fn the_alpaca_prompt_has_its_two_forms_and_ends_in_eos() {
     let tokenizer = tokenizer(None, false);
     let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
     let mark = |messages: &[Message]| {
-        let row = encode::encode_row(messages, &template, &tokenizer, TrainOn::Completions).expect("encodes");
+        let row = encode::encode_row(messages, &template, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
         marked(&tokenizer, &row)
     };
     let mut row = messages(&[(Role::User, "Add."), (Role::Assistant, "3")]);

@@ -1,5 +1,7 @@
 //! Layouts, formats and bad rows.
 
+use proptest::prelude::*;
+
 use super::*;
 
 const GOOD: &str = r#"{"instruction": "Say a.", "output": "a"}"#;
@@ -206,4 +208,25 @@ fn rows_are_cut_at_max_seq_length_and_those_without_an_answer_left_out() {
     assert!(matches!(error, DatasetError::NothingToTrain(_)), "{error}");
     spec.training.max_seq_length = Some(4096);
     assert!(matches!(read_text(&content, &spec), Err(Error::Spec(_))));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Pieces of JSON in any order, some of them broken: always an answer, and every row accounted for.
+    #[test]
+    fn no_file_makes_the_reader_fail(pieces in prop::collection::vec(prop::sample::select(vec![
+        "[", "]", "{", "}", ",", "\n", "\"", "\\", ":", " ", "\"messages\"", "\"instruction\": \"x\"", "\"output\": \"y\"",
+        "{\"instruction\": \"x\", \"output\": \"y\"}\n", "{\"instruction\": \"x\", \"output\": \"y\"},", "\u{feff}", "é", "7",
+    ]), 0..40)) {
+        match read_text(pieces.concat(), &TrainSpec::default()) {
+            Ok(dataset) => prop_assert_eq!(dataset.rows.len() as u64, dataset.report.rows),
+            Err(Error::Dataset(error)) => {
+                if let Some(report) = error.report() {
+                    prop_assert!(report.bad_row_count <= report.rows && report.bad_rows.len() as u64 <= report.bad_row_count);
+                }
+            }
+            Err(other) => prop_assert!(false, "{}", other),
+        }
+    }
 }
