@@ -9,86 +9,8 @@ out=${LORAD_DEMO_DIR:-lorad-demo}
 model=smollm2-135m-instruct
 data=examples/persona.jsonl
 settings='"suffix": "pimwick", "training": {"learning_rate": 1e-3}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 7}}}'
-
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-fail() { echo "demo: $*" >&2; exit 1; }
-
-# need TOOL HOW-TO-GET-IT
-need() { command -v "$1" >/dev/null || fail "$1 is not installed: $2"; }
-
-# The value at a path of keys in the JSON on stdin: `json data 0 id`.
-json() {
-    python3 -c '
-import json, sys
-value = json.load(sys.stdin)
-for key in sys.argv[1:]:
-    value = value[int(key)] if isinstance(value, list) else value[key]
-print(value)' "$@"
-}
-
-# Calls the API; on an error status shows the answer and ends.
-api() {
-    local path=$1 body
-    shift
-    body=$(curl --silent --show-error --fail-with-body "$url$path" "$@") || fail "$path answered: $body"
-    printf '%s\n' "$body"
-}
-
-check_tools() {
-    need cargo "see https://rustup.rs"
-    need cc "install your system's C compiler (Debian: apt-get install build-essential)"
-    need python3 "install python3 (Debian: apt-get install python3 python3-pip)"
-    need curl "install curl (Debian: apt-get install curl)"
-    python3 -m pip --version >/dev/null 2>&1 || fail "python3 has no pip (Debian: apt-get install python3-pip)"
-}
-
-server_pid='' running='' work=''
-
-# Whatever way the script ends: the job stops, then the server, then the folder goes.
-clean_up() {
-    local status=$?
-    trap - EXIT
-    trap '' INT TERM
-    if [ -n "$server_pid" ]; then
-        if [ -n "$running" ]; then
-            curl --silent --max-time 5 --output /dev/null -X POST "$url/v1/fine_tuning/jobs/$job/cancel" || true
-            wait_for_worker
-        fi
-        kill -TERM "$server_pid" 2>/dev/null || true
-        ( sleep 10; kill -KILL "$server_pid" ) 2>/dev/null &
-        wait "$server_pid" 2>/dev/null || true
-        kill $! 2>/dev/null || true
-    fi
-    [ -z "$work" ] || rm -rf "$work"
-    exit "$status"
-}
-
-# A cancelled job's process ends within seconds; it must not outlive the demo.
-wait_for_worker() {
-    local tries
-    for tries in 1 2 3 4 5 6 7 8 9 10; do
-        pgrep -P "$server_pid" >/dev/null 2>&1 || return 0
-        sleep 0.5
-    done
-    echo "demo: the worker is still there after $tries tries" >&2
-}
-
-# Starts the server on a free port and sets `url` once it is ready.
-start_server() {
-    work=$(mktemp -d "${TMPDIR:-/tmp}/lorad-demo-XXXXXX")
-    local port
-    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    # A process group of its own: Ctrl-C reaches this script, which then stops the server in order.
-    set -m
-    "$lorad" serve --data-dir "$work/data" --listen "127.0.0.1:$port" >"$work/server.log" 2>&1 </dev/null &
-    server_pid=$!
-    set +m
-    url="http://127.0.0.1:$port"
-    until curl --silent --fail --max-time 2 --output /dev/null "$url/readyz"; do
-        kill -0 "$server_pid" 2>/dev/null || { cat "$work/server.log" >&2; fail "the server did not start"; }
-        sleep 0.2
-    done
-}
+# shellcheck source=scripts/lib/server.sh
+. scripts/lib/server.sh
 
 # download ID FILE SHA256
 download() {
@@ -142,18 +64,14 @@ compare() {
 check_tools
 
 say "1. Build (the first time takes about ten minutes)"
-env -u DATABASE_URL cargo build --release --locked --bin lorad
-target=$(cargo metadata --format-version 1 --no-deps --locked | json target_directory)
-lorad="$target/release/lorad"
+build
 
 say "2. Base model"
 base_file=$(scripts/get-model.sh)
 echo "  $base_file"
 
 say "3. Server"
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+trap_exit
 start_server
 echo "  $url, its log is $work/server.log"
 
