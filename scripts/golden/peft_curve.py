@@ -1,12 +1,13 @@
 """Makes engine/tests/golden/peft_curve: what stock PyTorch and PEFT compute when they train the tiny model.
 
-    cargo run --release -p lorad-engine --example tiny_model -- /tmp/tiny.gguf
+    cargo build --release --workspace --example tiny_model
+    target/release/examples/tiny_model /tmp/tiny.gguf
     python3 -m venv /tmp/golden && /tmp/golden/bin/pip install torch transformers peft gguf
     /tmp/golden/bin/python scripts/golden/peft_curve.py /tmp/tiny.gguf
 
 writes, beside each other,
     start/, final/   the adapter before and after, saved by PEFT itself
-    curve.json       rows, recipe, and the curves of loss, accuracy, learning rate and gradient norm
+    curve.json       rows, recipe, and the curves of loss, accuracy, learning rate and gradient norm (before clipping)
 
 The recipe: 20 rows in file order, 8 a step as 4 micro-batches of 2 (the third step of an epoch has the 4 that are left), 30
 steps, loss = sum of token losses / trained tokens of the step, AdamW, linear schedule with warm-up as Hugging Face defines it,
@@ -33,10 +34,10 @@ RECIPE = {
     "max_steps": 30,
     "micro_batch_size": 2,
     "gradient_accumulation_steps": 4,
-    "learning_rate": 5e-3,
+    "learning_rate": 1e-2,
     "warmup_steps": 5,
     "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
+    "max_grad_norm": 0.5,
     "r": 4,
     "alpha": 8.0,
 }
