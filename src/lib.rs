@@ -1,5 +1,6 @@
 //! The LoRA daemon: a self-hosted fine-tuning server with OpenAI's API.
 
+pub mod cli;
 pub mod config;
 pub mod http;
 pub mod hub;

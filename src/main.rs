@@ -1,2 +1,36 @@
-//! Entry point.
-fn main() {}
+//! The command line: one role a command, each with its one `run`.
+
+use std::io::IsTerminal;
+
+use clap::{Parser, Subcommand};
+use lorad::cli;
+use tracing_subscriber::EnvFilter;
+
+/// The LoRA daemon: a self-hosted fine-tuning server with OpenAI's API.
+#[derive(Debug, Parser)]
+#[command(version, about, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Prints the API's OpenAPI specification as YAML
+    Openapi,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    start_log();
+    match arguments.role {
+        Role::Openapi => cli::openapi::run(),
+    }
+}
+
+/// The log goes to stderr; `RUST_LOG` filters it, `info` unless said otherwise.
+fn start_log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let is_terminal = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(is_terminal).init();
+}

@@ -67,9 +67,9 @@ async fn find(app: &App, id: &str) -> Result<Artifact> {
 }
 
 /// List a job's artifacts, all in one page.
-#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/artifacts", tag = "Artifacts",
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/artifacts", operation_id = "listArtifacts", tag = "Artifacts",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
-    responses((status = 200, body = List<ArtifactView>), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = List<ArtifactView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -84,9 +84,9 @@ pub(super) async fn list(
 }
 
 /// Retrieve an artifact.
-#[utoipa::path(get, path = "/v1/artifacts/{artifact_id}", tag = "Artifacts",
+#[utoipa::path(get, path = "/v1/artifacts/{artifact_id}", operation_id = "retrieveArtifact", tag = "Artifacts",
     params(("artifact_id" = String, Path, description = "Id of the artifact")),
-    responses((status = 200, body = ArtifactView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = ArtifactView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<ArtifactView>> {
     Ok(Json(find(&app, &id).await?.into()))
 }
@@ -94,7 +94,7 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> 
 /// Download an artifact's bytes.
 ///
 /// Understands `Range`, `If-Range` and `If-None-Match`; tells the SHA-256 in `ETag` and `Repr-Digest`.
-#[utoipa::path(get, path = "/v1/artifacts/{artifact_id}/content", tag = "Artifacts",
+#[utoipa::path(get, path = "/v1/artifacts/{artifact_id}/content", operation_id = "downloadArtifact", tag = "Artifacts",
     params(("artifact_id" = String, Path, description = "Id of the artifact"),
         ("Range" = Option<String>, Header, description = "`bytes=` and one range"),
         ("If-Range" = Option<String>, Header, description = "The ETag that the range belongs to"),

@@ -52,11 +52,11 @@ impl From<Checkpoint> for CheckpointView {
 }
 
 /// List a job's checkpoints, newest first.
-#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", tag = "Fine-tuning",
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", operation_id = "listFineTuningJobCheckpoints", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job"),
         ("after" = Option<String>, Query, description = "Id of the last checkpoint of the page before"),
         ("limit" = Option<i64>, Query, description = "1 to 1000, default 10")),
-    responses((status = 200, body = List<CheckpointView>), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = List<CheckpointView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
     Path(id): Path<String>,

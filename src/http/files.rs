@@ -109,9 +109,9 @@ struct Form {
 /// Upload a file.
 ///
 /// The body is streamed to storage.
-#[utoipa::path(post, path = "/v1/files", tag = "Files",
+#[utoipa::path(post, path = "/v1/files", operation_id = "createFile", tag = "Files",
     request_body(content = UploadForm, content_type = "multipart/form-data"),
-    responses((status = 200, body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn upload(State(app): State<App>, multipart: Multipart) -> Result<Json<FileView>> {
     let mut form = Form::default();
     let file = match read_form(&app, multipart, &mut form).await {
@@ -230,12 +230,12 @@ fn expires_after(form: &Form) -> Result<Option<i64>> {
 /// List files.
 ///
 /// Newest first unless `order` is `asc`.
-#[utoipa::path(get, path = "/v1/files", tag = "Files",
+#[utoipa::path(get, path = "/v1/files", operation_id = "listFiles", tag = "Files",
     params(("purpose" = Option<String>, Query, description = "Only files of this purpose"),
         ("limit" = Option<i64>, Query, description = "1 to 10000, default 10000"),
         ("order" = Option<String>, Query, description = "`asc` or `desc` by age"),
         ("after" = Option<String>, Query, description = "Id of the last file of the page before")),
-    responses((status = 200, body = List<FileView>), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = List<FileView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<Json<List<FileView>>> {
     let limit = params.limit(10_000, 10_000)?;
     let purpose = params.take("purpose")?;
@@ -263,9 +263,9 @@ async fn find(app: &App, id: &str) -> Result<File> {
 }
 
 /// Retrieve a file.
-#[utoipa::path(get, path = "/v1/files/{file_id}", tag = "Files",
+#[utoipa::path(get, path = "/v1/files/{file_id}", operation_id = "retrieveFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
-    responses((status = 200, body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<FileView>> {
     Ok(Json(find(&app, &id).await?.into()))
 }
@@ -273,9 +273,9 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> 
 /// Delete a file.
 ///
 /// Refused while an unfinished job uses it.
-#[utoipa::path(delete, path = "/v1/files/{file_id}", tag = "Files",
+#[utoipa::path(delete, path = "/v1/files/{file_id}", operation_id = "deleteFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
-    responses((status = 200, body = DeletedFile), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = DeletedFile), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>) -> Result<Json<DeletedFile>> {
     let file_id: FileId = id.parse().map_err(|_| ApiError::no_such_file(&id))?;
     jobs::delete_file::delete_file(&app.jobs, DEFAULT_OWNER, file_id).await?;
@@ -283,7 +283,7 @@ pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>) -> Re
 }
 
 /// Download a file's bytes.
-#[utoipa::path(get, path = "/v1/files/{file_id}/content", tag = "Files",
+#[utoipa::path(get, path = "/v1/files/{file_id}/content", operation_id = "downloadFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
     responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
         (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),

@@ -134,8 +134,8 @@ pub(super) async fn find(app: &App, id: &str) -> Result<Job> {
 }
 
 /// Create a fine-tuning job.
-#[utoipa::path(post, path = "/v1/fine_tuning/jobs", tag = "Fine-tuning", request_body = JobRequest,
-    responses((status = 200, body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs", operation_id = "createFineTuningJob", tag = "Fine-tuning", request_body = JobRequest,
+    responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn create(State(app): State<App>, body: JsonBytes) -> Result<Json<JobView>> {
     let spec = JobSpec::parse(&body.0)?;
     let request = String::from_utf8_lossy(&body.0);
@@ -144,12 +144,12 @@ pub(super) async fn create(State(app): State<App>, body: JsonBytes) -> Result<Js
 }
 
 /// List fine-tuning jobs, newest first.
-#[utoipa::path(get, path = "/v1/fine_tuning/jobs", tag = "Fine-tuning",
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs", operation_id = "listFineTuningJobs", tag = "Fine-tuning",
     params(("after" = Option<String>, Query, description = "Id of the last job of the page before"),
         ("limit" = Option<i64>, Query, description = "1 to 1000, default 20"),
         ("metadata" = Option<String>, Query,
             description = "`metadata[key]=value`: only jobs with this label; `metadata=null`: only jobs without labels")),
-    responses((status = 200, body = List<JobView>), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = List<JobView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<Json<List<JobView>>> {
     let limit = params.limit(20, 1000)?;
     let after = params.take::<JobId>("after")?;
@@ -171,9 +171,9 @@ pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<J
 }
 
 /// Retrieve a fine-tuning job.
-#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}", tag = "Fine-tuning",
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}", operation_id = "retrieveFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
-    responses((status = 200, body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<JobView>> {
     Ok(Json(find(&app, &id).await?.into()))
 }
@@ -181,9 +181,9 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> 
 /// Cancel a fine-tuning job.
 ///
 /// Its status changes at once, its worker ends within seconds. The body must be empty, or is ignored.
-#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", tag = "Fine-tuning",
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", operation_id = "cancelFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
-    responses((status = 200, body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>) -> Result<Json<JobView>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
     let job = jobs::cancel::cancel(&app.jobs, DEFAULT_OWNER, job_id).await?;

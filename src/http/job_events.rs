@@ -77,13 +77,13 @@ impl From<Event> for EventView {
 /// The list is newest first, and `after` means *older than*. With `stream=true` the answer is a stream of server-sent
 /// events, oldest first, past ones and then live ones, until the job ends and `[DONE]`; there `after`, or the header
 /// `Last-Event-ID`, means *newer than*.
-#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", tag = "Fine-tuning",
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", operation_id = "listFineTuningEvents", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job"),
         ("after" = Option<String>, Query, description = "Id of an event"),
         ("limit" = Option<i64>, Query, description = "1 to 1000, default 20; only for the list"),
         ("stream" = Option<bool>, Query, description = "Follow the events"),
         ("Last-Event-ID" = Option<String>, Header, description = "With stream=true: id of the last event that was seen")),
-    responses((status = 200, body = List<EventView>), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = List<EventView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
     Path(id): Path<String>,

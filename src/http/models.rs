@@ -38,16 +38,16 @@ async fn all(app: &App) -> Result<Vec<ModelView>> {
 }
 
 /// List models, all in one page.
-#[utoipa::path(get, path = "/v1/models", tag = "Models",
-    responses((status = 200, body = List<ModelView>), (status = "default", description = "An error", body = ErrorBody)))]
+#[utoipa::path(get, path = "/v1/models", operation_id = "listModels", tag = "Models",
+    responses((status = 200, description = "Done", body = List<ModelView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>) -> Result<Json<List<ModelView>>> {
     Ok(Json(List::all(all(&app).await?, |model: &ModelView| model.id.clone())))
 }
 
 /// Retrieve a model.
-#[utoipa::path(get, path = "/v1/models/{model}", tag = "Models",
+#[utoipa::path(get, path = "/v1/models/{model}", operation_id = "retrieveModel", tag = "Models",
     params(("model" = String, Path, description = "Its name, `/` as `%2F`")),
-    responses((status = 200, body = ModelView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = ModelView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn retrieve(State(app): State<App>, Path(name): Path<String>) -> Result<Json<ModelView>> {
     let model = all(&app).await?.into_iter().find(|model| model.id == name);
     model.map(Json).ok_or_else(|| ApiError::no_such_model(&name))
