@@ -71,6 +71,9 @@ pub struct Storage {
     backend: Arc<dyn ObjectStore>,
 }
 
+/// The folders that all keys are in.
+pub const FOLDERS: [&str; 2] = ["files", "jobs"];
+
 /// Key of an uploaded file or result file.
 pub fn file_key(file_id: &str) -> String {
     format!("files/{file_id}")

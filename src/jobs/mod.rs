@@ -13,6 +13,7 @@ pub mod launcher;
 pub mod put_artifact;
 pub mod put_checkpoint;
 pub mod scheduler;
+pub mod sweep;
 
 use std::sync::Arc;
 

@@ -7,6 +7,7 @@ pub mod event;
 pub mod file;
 pub mod job;
 pub mod metric;
+pub mod object;
 
 use std::path::Path;
 use std::time::Duration;
