@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::{Error, Jobs, Result};
-use crate::hub::Hub;
 use crate::store;
 use crate::types::attempt::{Attempt, TaskKind};
 use crate::types::file::File;
@@ -13,13 +12,7 @@ use crate::types::worker_protocol::{BaseModel, Resume, Task, TrainingFile};
 ///
 /// # Errors
 /// The attempt has ended.
-pub async fn give_task(
-    jobs: &Jobs,
-    hub: &Hub,
-    attempt: &Attempt,
-    lease: Duration,
-    checkpoint_seconds: u64,
-) -> Result<Task> {
+pub async fn give_task(jobs: &Jobs, attempt: &Attempt, lease: Duration, checkpoint_seconds: u64) -> Result<Task> {
     let mut tx = jobs.store.begin_write().await?;
     store::attempt::set_running(&mut tx, attempt.id).await?;
     let job = super::append_events::working_job(&mut tx, attempt.id).await?;
@@ -34,7 +27,7 @@ pub async fn give_task(
         attempt_id: attempt.id,
         job_id: job.id,
         kind: attempt.task,
-        base_model: base_model(hub, job.spec.model.clone()).await?,
+        base_model: BaseModel { name: job.spec.model },
         spec: job.spec.train,
         artifacts: job.spec.artifacts,
         training_file: TrainingFile {
@@ -64,13 +57,4 @@ pub async fn training_file(jobs: &Jobs, attempt: &Attempt) -> Result<File> {
     let job = store::job::get(&mut conn, attempt.job_id).await?;
     let id = job.ok_or_else(|| Error::NoSuchJob(attempt.job_id.to_string()))?.spec.training_file;
     store::file::get(&mut conn, id).await?.ok_or(Error::NoSuchTrainingFile(id))
-}
-
-/// Where the base model lies. What is wrong with it the worker finds out too, and tells it as the job's failure.
-async fn base_model(hub: &Hub, name: String) -> Result<BaseModel> {
-    let (hub, model) = (hub.clone(), name.clone());
-    let located = tokio::task::spawn_blocking(move || hub.locate(&model)).await?;
-    let located = located.ok().flatten();
-    let path = located.as_ref().map(|model| model.path.clone());
-    Ok(BaseModel { name, path, sha256: located.and_then(|model| model.sha256) })
 }

@@ -4,8 +4,6 @@
 //! hang on the token, so no path names a job. A repeated request changes nothing. Once the attempt has ended, or its job
 //! has come to its end, every request but a heartbeat is answered `410` with code [`ATTEMPT_ENDED`]: the worker exits.
 
-use std::path::PathBuf;
-
 use lorad_engine::spec::TrainSpec;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -72,12 +70,8 @@ pub struct Task {
 /// The frozen model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BaseModel {
-    /// As the request named it.
+    /// As the request named it; the worker finds or fetches it where it runs.
     pub name: String,
-    /// Its file, where the server's machine has it; otherwise the worker fetches it.
-    pub path: Option<PathBuf>,
-    /// Hash of the file in hexadecimal digits, where the catalogue pins it.
-    pub sha256: Option<String>,
 }
 
 /// The data set.
