@@ -85,11 +85,9 @@ job=$(json id <<<"$answer")
 echo "  job $job"
 
 say "5. Training"
-running=yes
 curl --silent --show-error --no-buffer "$url/v1/fine_tuning/jobs/$job/events?stream=true" |
     python3 scripts/lib/follow_events.py ||
     { tail -n 20 "$work/server.log" >&2; fail "job $job failed"; }
-running=''
 answer=$(api "/v1/fine_tuning/jobs/$job")
 tuned_name=$(json fine_tuned_model <<<"$answer")
 

@@ -1,7 +1,7 @@
 # For scripts that start a server of their own: tools, build, start and stop. Sourced, from the repository's root.
-# Sets `lorad` (the program), `url`, `work` (a folder of this run), and reads `job` while `running` is not empty.
+# Sets `lorad` (the program), `url`, and `work` (a folder of this run). LORAD_PROGRAM names a program that is built already.
 
-server_pid='' running='' job='' work=''
+server_pid='' work=''
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 fail() { echo "${0##*/}: $*" >&2; exit 1; }
@@ -35,32 +35,19 @@ check_tools() {
     python3 -m pip --version >/dev/null 2>&1 || fail "python3 has no pip (Debian: apt-get install python3-pip)"
 }
 
-# Whatever way the script ends: the job stops, then the server, then the folder goes.
+# Whatever way the script ends: the server stops (and with it its workers), then the folder goes.
 clean_up() {
     local status=$?
     trap - EXIT
     trap '' INT TERM
     if [ -n "$server_pid" ]; then
-        if [ -n "$running" ]; then
-            curl --silent --max-time 5 --output /dev/null -X POST "$url/v1/fine_tuning/jobs/$job/cancel" || true
-            wait_for_worker
-        fi
         kill -TERM "$server_pid" 2>/dev/null || true
-        ( sleep 10; kill -KILL "$server_pid" ) >/dev/null 2>&1 &
+        (sleep 20 && kill -KILL "$server_pid") >/dev/null 2>&1 &
         wait "$server_pid" 2>/dev/null || true
         kill $! 2>/dev/null || true
     fi
     [ -z "$work" ] || rm -rf "$work"
     exit "$status"
-}
-
-# A cancelled job's process ends within seconds; it must not outlive the server.
-wait_for_worker() {
-    local try
-    for ((try = 0; try < 20; try++)); do
-        [ -n "$(cat "/proc/$server_pid/task"/*/children 2>/dev/null)" ] || return 0
-        sleep 0.5
-    done
 }
 
 # Starts the server on a free port and sets `url` once it is ready.
@@ -82,10 +69,14 @@ start_server() {
     done
 }
 
-# Builds the program.
+# Builds the program, with the very features that the tests' build has.
 build() {
     local target
-    env -u DATABASE_URL cargo build --release --locked --bin lorad
+    if [ -n "${LORAD_PROGRAM:-}" ]; then
+        lorad=$LORAD_PROGRAM
+        return
+    fi
+    env -u DATABASE_URL cargo build --release --workspace --locked --bin lorad
     target=$(cargo metadata --format-version 1 --no-deps --locked)
     target=$(json target_directory <<<"$target")
     # shellcheck disable=SC2034 # for the script that reads this file
