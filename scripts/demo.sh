@@ -21,24 +21,27 @@ download() {
     echo "  $2 ($(du -h "$2" | cut -f 1))"
 }
 
-# Takes every artifact of the job; sets `gguf` and `adapter`.
+# Takes every artifact of the job, under a name that the next run takes too; sets `gguf` and `adapter`.
 download_artifacts() {
-    local list id kind name hash
+    local list id kind hash quantization
     list=$(api "/v1/fine_tuning/jobs/$job/artifacts")
-    while read -r id kind hash name <&3; do
-        download "$id" "$out/$name" "$hash"
+    while read -r id kind hash quantization <&3; do
         case $kind in
             adapter)
+                download "$id" "$out/adapter.tar" "$hash"
                 mkdir "$work/adapter"
-                tar -xf "$out/$name" -C "$work/adapter"
+                tar -xf "$out/adapter.tar" -C "$work/adapter"
                 adapter=$(dirname "$(find "$work/adapter" -name adapter_config.json)")
                 ;;
-            gguf) gguf="$out/$name" ;;
+            gguf)
+                gguf="$out/pimwick-$quantization.gguf"
+                download "$id" "$gguf" "$hash"
+                ;;
         esac
     done 3< <(python3 -c '
 import json, sys
 for item in json.load(sys.stdin)["data"]:
-    print(item["id"], item["type"], item["sha256"], item["filename"])' <<<"$list")
+    print(item["id"], item["type"], item["sha256"], item["quantization"])' <<<"$list")
     if [ ! -f "$adapter/adapter_model.safetensors" ] || [ -z "$gguf" ]; then
         fail "the job left no adapter or no GGUF file: $list"
     fi
