@@ -1,0 +1,13 @@
+//! The HTTP API, one module a resource, over real sockets.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod access;
+mod artifacts;
+mod events;
+mod files;
+mod fine_tuning_jobs;
+mod models;
+mod openapi;
+mod worker_protocol;

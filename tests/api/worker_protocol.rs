@@ -1,0 +1,146 @@
+//! The worker protocol, from a worker's side.
+
+use lorad::types::attempt::{AttemptOutcome, TaskKind};
+use lorad::{jobs, store};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::support::{ROWS, TestApp, Worker, column, error, metric, text};
+
+async fn refused(worker: &Worker, method: Method, path: &str, body: Value, status: StatusCode) -> Value {
+    error(worker.request(method, path).json(&body).send().await.expect("an answer"), status).await
+}
+
+#[tokio::test]
+async fn a_worker_gets_its_task_and_its_bytes() {
+    let app = TestApp::start().await;
+    let job = app.create_job(json!({"training": {"max_steps": 9}})).await;
+    let worker = app.take_up(TaskKind::Validate).await;
+    let task = worker.get("task").await;
+    assert_eq!((&task["job_id"], &task["kind"], &task["resume"]), (&job["id"], &json!("validate"), &json!(null)));
+    assert_eq!(task["spec"]["training"]["max_steps"], 9);
+    assert_eq!(task["base_model"]["name"], "local:tiny.gguf");
+    assert!(text(&task["base_model"]["path"]).ends_with("models/tiny.gguf"));
+    let rows = ROWS.repeat(10);
+    assert_eq!(task["training_file"]["sha256"], hex::encode(Sha256::digest(&rows)));
+    let bytes = worker.request(Method::GET, "training_file").send().await.expect("an answer");
+    assert_eq!(bytes.bytes().await.expect("a body"), rows);
+    assert_eq!(worker.get("task").await, task, "asked again, told again");
+    worker.finish(json!({"result": "succeeded"})).await;
+
+    let worker = app.take_up(TaskKind::Train).await;
+    let artifacts = json!([{"type": "adapter"}, {"type": "gguf", "quantization": "q8_0"}]);
+    assert_eq!(worker.get("task").await["artifacts"], artifacts);
+}
+
+#[tokio::test]
+async fn a_wrong_token_or_another_version_is_refused() {
+    let app = TestApp::start().await;
+    app.create_job(json!({})).await;
+    let worker = app.take_up(TaskKind::Validate).await;
+    let wrong = app.worker("no token");
+    refused(&wrong, Method::GET, "task", json!({}), StatusCode::UNAUTHORIZED).await;
+    let response = worker.request_in_version(Method::GET, "task", "2").send().await.expect("an answer");
+    let error = error(response, StatusCode::BAD_REQUEST).await;
+    assert!(text(&error["message"]).contains("protocol 1"), "{error}");
+}
+
+#[tokio::test]
+async fn a_repeated_request_changes_nothing() {
+    let app = TestApp::start().await;
+    let job = app.create_job(json!({})).await;
+    app.validate().await;
+    let path = format!("/v1/fine_tuning/jobs/{}/events?limit=100", text(&job["id"]));
+    let worker = app.take_up(TaskKind::Train).await;
+    let event =
+        |seq: i64| json!({"worker_seq": seq, "level": "warn", "type": "message", "message": format!("row {seq}")});
+    let news = json!({"events": [event(1), event(2)], "metrics": [metric(1, 5), metric(2, 5)]});
+    worker.post("events", &news).await;
+    worker.put_checkpoint(2, true, b"state").await;
+    let before = column(&app.get_json(&path).await, "message");
+    worker.post("events", &news).await;
+    worker.put_checkpoint(2, true, b"state").await;
+    assert_eq!(column(&app.get_json(&path).await, "message"), before);
+
+    // A new attempt after a crash counts its events anew, and its steps are known already.
+    let attempts = store::attempt::live(&mut app.jobs.store.read().await.expect("a connection")).await.expect("a list");
+    let lost = jobs::finish_attempt::attempt_lost(&app.jobs, attempts[0].id, AttemptOutcome::Crashed, "").await;
+    assert!(lost.expect("a database"));
+    let late = refused(&worker, Method::POST, "events", news.clone(), StatusCode::GONE).await;
+    assert_eq!(late["code"], "attempt_ended");
+    let worker = app.take_up(TaskKind::Train).await;
+    let resume = json!({"step": 2, "size_bytes": 5, "sha256": hex::encode(Sha256::digest(b"state"))});
+    assert_eq!(worker.get("task").await["resume"], resume);
+    let bytes = worker.request(Method::GET, "checkpoint").send().await.expect("an answer");
+    assert_eq!(bytes.bytes().await.expect("a body"), "state");
+    worker.post("events", &json!({"metrics": [metric(2, 5), metric(3, 5)]})).await;
+    let after = column(&app.get_json(&path).await, "message");
+    assert_eq!(after.len(), before.len() + 1);
+    assert_eq!(after[0], "Step 3/5: training loss=0.67");
+}
+
+#[tokio::test]
+async fn bytes_with_another_hash_are_not_kept() {
+    let app = TestApp::start().await;
+    let job = app.create_job(json!({})).await;
+    app.validate().await;
+    let worker = app.take_up(TaskKind::Train).await;
+    let hash = hex::encode(Sha256::digest(b"whole"));
+    for path in [
+        format!("checkpoints?step=1&listed=true&sha256={hash}"),
+        format!("artifacts?type=adapter&filename=adapter.tar&sha256={hash}"),
+    ] {
+        error(worker.put(&path, b"half").await, StatusCode::BAD_REQUEST).await;
+    }
+    let hash = hex::encode(Sha256::digest(b"half"));
+    let unasked = format!("artifacts?type=gguf&quantization=f16&filename=x.gguf&sha256={hash}");
+    error(worker.put(&unasked, b"half").await, StatusCode::BAD_REQUEST).await;
+    for list in ["checkpoints", "artifacts"] {
+        let path = format!("/v1/fine_tuning/jobs/{}/{list}", text(&job["id"]));
+        assert_eq!(app.get_json(&path).await["data"], json!([]));
+    }
+    let left = app.jobs.storage.keys_older_than("jobs", std::time::Duration::ZERO).await.expect("a list");
+    assert_eq!(left, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_training_without_its_artifacts_is_not_done() {
+    let app = TestApp::start().await;
+    let job = app.create_job(json!({})).await;
+    app.validate().await;
+    let worker = app.take_up(TaskKind::Train).await;
+    worker.put_artifact("type=adapter&filename=adapter.tar", b"adapter").await;
+    refused(&worker, Method::POST, "finish", json!({"result": "succeeded"}), StatusCode::BAD_REQUEST).await;
+    assert_eq!(app.get_json(&format!("/v1/fine_tuning/jobs/{}", text(&job["id"]))).await["status"], "running");
+    assert_eq!(app.get_json("/v1/files?purpose=fine-tune-results").await["data"], json!([]));
+}
+
+#[tokio::test]
+async fn three_crashes_in_a_row_without_a_checkpoint_fail_the_job() {
+    let app = TestApp::start().await;
+    let job = app.create_job(json!({})).await;
+    app.validate().await;
+    let path = format!("/v1/fine_tuning/jobs/{}", text(&job["id"]));
+    let crash = async |outcome| {
+        let attempts = store::attempt::live(&mut app.jobs.store.read().await.expect("a connection")).await;
+        let id = attempts.expect("a list")[0].id;
+        jobs::finish_attempt::attempt_lost(&app.jobs, id, outcome, "out of memory").await.expect("a database");
+    };
+    for outcome in
+        [AttemptOutcome::Crashed, AttemptOutcome::ServerEnded, AttemptOutcome::Crashed, AttemptOutcome::Crashed]
+    {
+        let worker = app.take_up(TaskKind::Train).await;
+        if outcome == AttemptOutcome::Crashed && worker.get("task").await["resume"].is_null() {
+            // The first one gets somewhere, and is not counted.
+            worker.put_checkpoint(1, false, b"state").await;
+        }
+        crash(outcome).await;
+        assert_eq!(app.get_json(&path).await["status"], "running");
+    }
+    app.take_up(TaskKind::Train).await;
+    crash(AttemptOutcome::Crashed).await;
+    let job = app.get_json(&path).await;
+    assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("worker_crashed")));
+    assert!(text(&job["error"]["message"]).ends_with("out of memory"), "{job}");
+}
