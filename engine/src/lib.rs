@@ -1,13 +1,17 @@
 //! LoRA training on quantized Llama-family models: forward and backward by hand, no autograd, no server.
 
+pub mod adapter;
 pub mod data;
 mod error;
 pub mod export;
+pub mod generate;
 pub mod gguf;
 pub mod model;
+pub mod ops;
 pub mod spec;
 #[doc(hidden)]
 pub mod testing;
 pub mod tokenizer;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -4,11 +4,17 @@ mod gguf;
 mod merge;
 
 use std::borrow::Cow;
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use serde::Serialize;
 
+use crate::Result;
+use crate::adapter::LoraParams;
 use crate::gguf::GgufFile;
+use crate::ops::host;
 use crate::spec::{LoraSpec, Target};
 
 pub use gguf::merged_gguf;
@@ -104,6 +110,31 @@ pub struct ExportReport {
     pub fallback_tensors: Vec<String>,
     /// Size of the file.
     pub size_bytes: u64,
+}
+
+/// Writes the base with a trained LoRA merged in, as [`merged_gguf`] does.
+///
+/// # Errors
+/// As [`merged_gguf`].
+pub fn merged_lora(
+    base: &GgufFile,
+    lora: &LoraParams,
+    quantization: Quantization,
+    target: &Path,
+    on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Option<ExportReport>> {
+    let mut copies = HashMap::new();
+    for (layer, projection) in lora.projections() {
+        let Some(pair) = lora.pair(layer, projection) else { continue };
+        let copy = |matrix| Ok::<_, crate::Error>(Cow::Owned(host(matrix)?.to_vec()));
+        copies.insert((layer, projection), Delta { lora_a: copy(&pair.lora_a)?, lora_b: copy(&pair.lora_b)? });
+    }
+    let borrow = |layer, projection| {
+        let Delta { lora_a, lora_b } = copies.get(&(layer, projection))?;
+        Some(Delta { lora_a: Cow::Borrowed(lora_a), lora_b: Cow::Borrowed(lora_b) })
+    };
+    let merge = Merge { base, lora: lora.layout().spec(), quantization, name_suffix: None };
+    merged_gguf(&merge, &borrow, target, on_progress)
 }
 
 #[cfg(test)]

@@ -1,3 +1,10 @@
-//! The frozen base model.
+//! The model: configuration, stored weights, and the forward and backward of its parts.
 
+mod block;
+mod config;
+mod linear;
+mod llama;
 pub mod weights;
+
+pub use config::{Config, Shape};
+pub use llama::{KvCache, Llama};

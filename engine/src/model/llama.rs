@@ -1,0 +1,203 @@
+//! The whole model: embedding, blocks, final norm, output projection; forward and backward, and token-by-token decoding.
+
+use std::sync::{Mutex, MutexGuard};
+
+use candle_core::Tensor;
+
+use crate::adapter::LoraParams;
+use crate::data::MicroBatch;
+use crate::gguf::GgufFile;
+use crate::model::block::{Block, BlockCache, Pass, Saved};
+use crate::model::config::Config;
+use crate::model::linear::Scratch;
+use crate::model::weights::{self, Weight};
+use crate::ops::cross_entropy::{self, Loss};
+use crate::ops::rope::RopeTable;
+use crate::ops::{embedding, rms_norm, tensor};
+use crate::spec::Target;
+use crate::{Error, Result};
+
+/// A frozen Llama-family model in its stored blocks.
+#[derive(Debug)]
+pub struct Llama {
+    config: Config,
+    embed_tokens: Weight,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    /// The output projection; `None` where it is the embedding table.
+    lm_head: Option<Weight>,
+    scratch: Mutex<Scratch>,
+}
+
+/// Keys and values of the tokens so far.
+#[derive(Debug)]
+pub struct KvCache {
+    blocks: Vec<BlockCache>,
+    capacity: usize,
+    position: usize,
+}
+
+impl KvCache {
+    /// Tokens in the cache.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Tokens that it has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+}
+
+/// A block's activations between forward and backward.
+enum Kept {
+    /// All that backward needs.
+    Everything(Saved),
+    /// The block's input: forward runs again.
+    Input(Tensor),
+}
+
+impl Llama {
+    /// Takes the weights of a GGUF file as they are stored.
+    ///
+    /// # Errors
+    /// Another architecture, or a tensor or key that is missing or does not fit; the message names it.
+    pub fn load(file: &GgufFile) -> Result<Self> {
+        let config = Config::from_gguf(file)?;
+        let shape = &config.shape;
+        let table = (shape.vocabulary, shape.hidden);
+        let blocks = (0..shape.layers).map(|layer| Block::from_gguf(file, layer, shape)).collect::<Result<_>>()?;
+        let lm_head =
+            file.tensor("output.weight").map(|_| Weight::from_gguf(file, "output.weight", table)).transpose()?;
+        let largest = Target::ALL.map(|target| shape.projection(target)).map(|(rows, columns)| rows * columns);
+        Ok(Self {
+            embed_tokens: Weight::from_gguf(file, "token_embd.weight", table)?,
+            blocks,
+            norm: tensor(weights::vector(file, "output_norm.weight", shape.hidden)?, shape.hidden)?,
+            lm_head,
+            scratch: Mutex::new(Scratch::new(largest.into_iter().max().unwrap_or(0))?),
+            config,
+        })
+    }
+
+    /// Shape and constants.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn lm_head(&self) -> &Weight {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        // The buffer is overwritten at each use: what a panicking thread left in it does not matter.
+        self.scratch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn rope(&self, positions: &[u32]) -> RopeTable {
+        RopeTable::new(positions, &self.config.rope_frequencies, self.config.shape.rope_layout)
+    }
+
+    /// The loss of a micro-batch; adds its gradient, times `scale`, to `gradient`. With `recompute`, each block keeps only its
+    /// input and runs forward again.
+    ///
+    /// # Errors
+    /// Tokens or shapes that do not fit the model.
+    pub fn forward_backward(
+        &self,
+        batch: &MicroBatch,
+        lora: &LoraParams,
+        gradient: &LoraParams,
+        scale: f32,
+        recompute: bool,
+    ) -> Result<Loss> {
+        let rope = self.rope(&batch.positions);
+        let scratch = self.scratch();
+        let pass = Pass { config: &self.config, rope: &rope, lora: Some(lora), scratch: &scratch };
+        let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
+        let mut kept = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let (y, saved) = block.forward(x.clone(), &batch.cu_seqlens, &pass)?;
+            kept.push(if recompute { Kept::Input(x) } else { Kept::Everything(saved) });
+            x = y;
+        }
+        let (n, rstd) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
+        let (loss, dn) = cross_entropy::forward_backward(&n, self.lm_head(), &batch.labels, scale)?;
+
+        let dresidual = tensor(vec![0f32; x.elem_count()], x.dims2()?)?;
+        rms_norm::backward_add(&dresidual, &dn, &x, &self.norm, &rstd)?;
+        drop((n, dn, x));
+        for (layer, block) in self.blocks.iter().enumerate().rev() {
+            let saved = match kept.pop().expect("one entry for each block") {
+                Kept::Everything(saved) => saved,
+                Kept::Input(x) => block.forward(x, &batch.cu_seqlens, &pass)?.1,
+            };
+            block.backward(&dresidual, &saved, &batch.cu_seqlens, &pass, gradient, layer == 0)?;
+        }
+        Ok(loss)
+    }
+
+    /// Logits (T, V) of every token of one sequence.
+    ///
+    /// # Errors
+    /// A token that the model does not have.
+    pub fn logits(&self, tokens: &[u32], lora: Option<&LoraParams>) -> Result<Tensor> {
+        let positions: Vec<u32> = (0..tokens.len() as u32).collect();
+        let rope = self.rope(&positions);
+        let scratch = self.scratch();
+        let pass = Pass { config: &self.config, rope: &rope, lora, scratch: &scratch };
+        let mut x = embedding::forward(&self.embed_tokens, tokens)?;
+        for block in &self.blocks {
+            x = block.forward(x, &[0, tokens.len()], &pass)?.0;
+        }
+        let (n, _) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
+        cross_entropy::logits(&n, self.lm_head())
+    }
+
+    /// An empty cache for up to that many tokens.
+    ///
+    /// # Errors
+    /// More tokens than the model's context.
+    pub fn cache(&self, capacity: usize) -> Result<KvCache> {
+        let shape = &self.config.shape;
+        if capacity > self.config.context_length {
+            let message = format!("{capacity} tokens exceed the model's context length {}", self.config.context_length);
+            return Err(Error::Model(message));
+        }
+        let empty = || {
+            tensor(vec![0f32; capacity * shape.kv_heads * shape.head_dim], (capacity, shape.kv_heads, shape.head_dim))
+        };
+        let blocks = (0..shape.layers).map(|_| Ok(BlockCache { k: empty()?, v: empty()? })).collect::<Result<_>>()?;
+        Ok(KvCache { blocks, capacity, position: 0 })
+    }
+
+    /// Appends tokens to the cache and returns the logits (V) that follow the last of them.
+    ///
+    /// # Errors
+    /// No token, one that the model does not have, or more than the cache has room for.
+    pub fn decode(&self, tokens: &[u32], cache: &mut KvCache, lora: Option<&LoraParams>) -> Result<Tensor> {
+        let end = cache.position + tokens.len();
+        if tokens.is_empty() || end > cache.capacity {
+            let message = format!(
+                "{} tokens do not fit a cache with {} of {} taken",
+                tokens.len(),
+                cache.position,
+                cache.capacity
+            );
+            return Err(Error::Model(message));
+        }
+        let positions: Vec<u32> = (cache.position as u32..end as u32).collect();
+        let rope = self.rope(&positions);
+        let scratch = self.scratch();
+        let pass = Pass { config: &self.config, rope: &rope, lora, scratch: &scratch };
+        let mut x = embedding::forward(&self.embed_tokens, tokens)?;
+        for (block, block_cache) in self.blocks.iter().zip(&cache.blocks) {
+            x = block.decode(x, block_cache, cache.position, &pass)?;
+        }
+        let last = x.narrow(0, tokens.len() - 1, 1)?;
+        let (n, _) = rms_norm::forward(&last, &self.norm, self.config.rms_norm_eps)?;
+        let logits = cross_entropy::logits(&n, self.lm_head())?.squeeze(0)?;
+        cache.position = end;
+        Ok(logits)
+    }
+}
