@@ -16,6 +16,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    Train(cli::train::TrainArgs),
+    Chat(cli::chat::ChatArgs),
+    #[command(hide = true)]
+    Logits(cli::logits::LogitsArgs),
     /// Prints the API's OpenAPI specification as YAML
     Openapi,
 }
@@ -24,6 +28,9 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     start_log();
     match arguments.role {
+        Role::Train(args) => cli::train::run(&args),
+        Role::Chat(args) => cli::chat::run(&args),
+        Role::Logits(args) => cli::logits::run(&args),
         Role::Openapi => cli::openapi::run(),
     }
 }

@@ -1,3 +1,39 @@
-//! The commands, one file each.
+//! One file a command.
 
+pub mod chat;
+pub mod logits;
 pub mod openapi;
+pub mod train;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+
+use crate::config::{Config, Flags};
+use crate::hub::Hub;
+
+/// Which base model a command works on.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// Base model: a GGUF file, a name of the catalogue (smollm2-135m-instruct), hf:org/repo/file.gguf, local:file.gguf
+    #[arg(long, value_name = "MODEL")]
+    base: String,
+    /// Folder of `local:` models [default: models.dir of lorad.toml]
+    #[arg(long, value_name = "DIR")]
+    models_dir: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// The model's name and its file; downloads it where it is not on this machine.
+    fn resolve(&self) -> anyhow::Result<(String, PathBuf)> {
+        let path = Path::new(&self.base);
+        if path.is_file() {
+            return Ok((self.base.clone(), path.to_owned()));
+        }
+        let flags = Flags { models_dir: self.models_dir.clone(), ..Flags::default() };
+        let hub = Hub::from_config(&Config::load(&flags)?);
+        let model = hub.fetch(&self.base).with_context(|| format!("there is no file `{}` either", self.base))?;
+        Ok((self.base.clone(), model.path))
+    }
+}

@@ -1,0 +1,358 @@
+//! `lorad train`: the server's training without a server.
+
+use std::fs::OpenOptions;
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lorad_engine::adapter::{LoraParams, peft_spec};
+use lorad_engine::data::{self, Report};
+use lorad_engine::export::{self, Quantization};
+use lorad_engine::gguf::GgufFile;
+use lorad_engine::model::Llama;
+use lorad_engine::spec::{
+    DatasetFormat, DatasetOptions, GradientCheckpointing, LoraOptions, LrScheduler, Optimizer, Template, TrainOn,
+    TrainOptions, TrainSpec, TrainingOptions,
+};
+use lorad_engine::tokenizer::Tokenizer;
+use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
+
+use super::ModelArgs;
+
+const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
+const METRICS_FILE: &str = "metrics.csv";
+const METRICS_HEADER: &str =
+    "step,epoch,train_loss,train_mean_token_accuracy,learning_rate,grad_norm,trained_tokens,step_ms";
+/// Longest time without a checkpoint.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Trains a LoRA on this machine, without a server.
+///
+/// Writes a PEFT adapter (adapter_config.json, adapter_model.safetensors), metrics.csv and checkpoint.safetensors into --out.
+/// Ctrl-C stops at the end of the step with a checkpoint; the same command with --resume goes on from it.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Data set: JSON array or JSONL, alpaca or chat
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Folder for what is made
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Go on from the checkpoint in --out
+    #[arg(long)]
+    resume: bool,
+    /// PEFT folder whose values the LoRA starts with
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    init_from: Option<PathBuf>,
+    /// Also write the merged model: model-f16.gguf, model-q8_0.gguf (may be given twice)
+    #[arg(long, value_name = "TYPE", value_parser = quantization)]
+    gguf: Vec<Quantization>,
+    /// Seed of LoRA initialisation and shuffling [default: 3407]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Passes over the data set, unless --max-steps is given [default: 3]
+    #[arg(long)]
+    n_epochs: Option<u32>,
+    #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
+    training: TrainingArgs,
+    #[command(flatten)]
+    dataset: DatasetArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "LoRA")]
+struct LoraArgs {
+    /// Rank [default: 16]
+    #[arg(long)]
+    r: Option<u32>,
+    /// Numerator of the scale alpha/r [default: 16]
+    #[arg(long)]
+    alpha: Option<f64>,
+    /// Scale alpha/√r
+    #[arg(long)]
+    use_rslora: bool,
+    /// Projections that get a LoRA, separated by commas [default: all seven]
+    #[arg(long, value_delimiter = ',')]
+    target_modules: Option<Vec<String>>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Training", allow_negative_numbers = true)]
+struct TrainingArgs {
+    /// Optimizer steps, instead of epochs
+    #[arg(long)]
+    max_steps: Option<u32>,
+    /// Rows computed at once [default: 2]
+    #[arg(long)]
+    micro_batch_size: Option<u32>,
+    /// Micro-batches a step [default: 4]
+    #[arg(long)]
+    gradient_accumulation_steps: Option<u32>,
+    /// Peak learning rate [default: 2e-4]
+    #[arg(long)]
+    learning_rate: Option<f64>,
+    /// Steps in which the learning rate rises from 0 [default: 5]
+    #[arg(long)]
+    warmup_steps: Option<u32>,
+    /// Schedule after warm-up: linear [default: linear]
+    #[arg(long, value_parser = named::<LrScheduler>)]
+    lr_scheduler: Option<LrScheduler>,
+    /// Decoupled weight decay [default: 0.01]
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// Optimizer: adamw [default: adamw]
+    #[arg(long, value_parser = named::<Optimizer>)]
+    optimizer: Option<Optimizer>,
+    /// Largest global norm of the gradient [default: 1]
+    #[arg(long)]
+    max_grad_norm: Option<f64>,
+    /// Tokens a row may have [default: 2048, or the model's context length]
+    #[arg(long)]
+    max_seq_length: Option<u32>,
+    /// Whether rows are drawn in a new order every epoch [default: true]
+    #[arg(long)]
+    shuffle: Option<bool>,
+    /// Which activations are kept for the backward pass: auto, none (keep all), full (recompute) [default: auto]
+    #[arg(long, value_parser = named::<GradientCheckpointing>)]
+    gradient_checkpointing: Option<GradientCheckpointing>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Data set")]
+struct DatasetArgs {
+    /// Row layout: auto, alpaca, chat [default: auto]
+    #[arg(long, value_parser = named::<DatasetFormat>)]
+    format: Option<DatasetFormat>,
+    /// Prompt text: auto (the model's own chat template), alpaca [default: auto]
+    #[arg(long, value_parser = named::<Template>)]
+    template: Option<Template>,
+    /// Which tokens have a loss: completions, all [default: completions]
+    #[arg(long, value_parser = named::<TrainOn>)]
+    train_on: Option<TrainOn>,
+}
+
+fn quantization(name: &str) -> Result<Quantization, String> {
+    let names = Quantization::ALL.map(Quantization::name).join(", ");
+    Quantization::from_name(name).ok_or_else(|| format!("expected one of {names}"))
+}
+
+/// Reads a value by the name that it has in the HTTP API.
+fn named<T: serde::de::DeserializeOwned>(name: &str) -> Result<T, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+impl TrainArgs {
+    fn options(&self) -> anyhow::Result<TrainOptions> {
+        let (training, dataset) = (&self.training, &self.dataset);
+        let mut options = TrainOptions {
+            seed: self.seed,
+            n_epochs: self.n_epochs,
+            lora: LoraOptions {
+                r: self.lora.r,
+                alpha: self.lora.alpha,
+                use_rslora: self.lora.use_rslora.then_some(true),
+                target_modules: self.lora.target_modules.clone(),
+            },
+            training: TrainingOptions {
+                max_steps: training.max_steps,
+                micro_batch_size: training.micro_batch_size,
+                gradient_accumulation_steps: training.gradient_accumulation_steps,
+                learning_rate: training.learning_rate,
+                warmup_steps: training.warmup_steps,
+                lr_scheduler: training.lr_scheduler,
+                weight_decay: training.weight_decay,
+                optimizer: training.optimizer,
+                max_grad_norm: training.max_grad_norm,
+                max_seq_length: training.max_seq_length,
+                shuffle: training.shuffle,
+                gradient_checkpointing: training.gradient_checkpointing,
+                save_steps: None,
+            },
+            dataset: DatasetOptions { format: dataset.format, template: dataset.template, train_on: dataset.train_on },
+            ..TrainOptions::default()
+        };
+        if let Some(folder) = &self.init_from {
+            inherit_lora(&mut options.lora, folder)?;
+        }
+        Ok(options)
+    }
+}
+
+/// What the command line leaves open about the LoRA is taken from the adapter that the run starts with.
+fn inherit_lora(options: &mut LoraOptions, folder: &Path) -> anyhow::Result<()> {
+    let spec = peft_spec(folder)?;
+    let names = || spec.target_modules.iter().map(|target| target.name().to_owned()).collect();
+    options.r.get_or_insert(spec.r);
+    options.alpha.get_or_insert(spec.alpha);
+    options.use_rslora.get_or_insert(spec.use_rslora);
+    options.target_modules.get_or_insert_with(names);
+    Ok(())
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Anything that keeps the adapter from being made, said so that the user knows what to change.
+pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
+    let spec = TrainSpec::resolve(&args.options()?)?;
+    let (name, path) = args.model.resolve()?;
+    let file = GgufFile::open(&path)?;
+    let tokenizer = Tokenizer::from_gguf(&file)?;
+    let model = Llama::load(&file)?;
+    let dataset = data::prepare(&args.data, &spec, &tokenizer, model.config().context_length)
+        .with_context(|| format!("cannot train on {}", args.data.display()))?;
+    describe(&dataset.report);
+    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    let start = Start {
+        resume: resume_point(args)?,
+        init_from: args.init_from.clone(),
+        checkpoint_interval: Some(CHECKPOINT_INTERVAL),
+    };
+    let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
+    let stop = stop_on_ctrl_c()?;
+    let outcome = train::train(&spec, &model, &dataset, start, &mut |event| display.handle(&event, &stop))?;
+    display.finish()?;
+    if !outcome.completed {
+        let step = outcome.step;
+        bail!("stopped after step {step}; the same command with --resume goes on from there");
+    }
+    outcome.lora.save_peft(&args.out, &name)?;
+    eprintln!("adapter: {}", args.out.display());
+    for &quantization in &args.gguf {
+        merge(&file, &outcome.lora, quantization, &args.out)?;
+    }
+    Ok(())
+}
+
+fn merge(file: &GgufFile, lora: &LoraParams, quantization: Quantization, out: &Path) -> anyhow::Result<()> {
+    let path = out.join(format!("model-{}.gguf", quantization.name()));
+    export::merged_lora(file, lora, quantization, &path, &mut |_| ControlFlow::Continue(()))?;
+    eprintln!("merged model: {}", path.display());
+    Ok(())
+}
+
+fn resume_point(args: &TrainArgs) -> anyhow::Result<Option<Checkpoint>> {
+    let path = args.out.join(CHECKPOINT_FILE);
+    match (args.resume, path.exists()) {
+        (true, _) => Ok(Some(Checkpoint::load(&path)?)),
+        (false, true) => bail!("{} is there already: add --resume to go on from it, or remove it", path.display()),
+        (false, false) => Ok(None),
+    }
+}
+
+fn describe(report: &Report) {
+    eprintln!(
+        "{} rows, {} tokens, {} of them trained, longest row {}",
+        report.rows, report.tokens, report.trained_tokens, report.longest
+    );
+    if report.truncated_rows > 0 {
+        eprintln!("warning: {} rows were cut to max_seq_length", report.truncated_rows);
+    }
+}
+
+/// A flag that the first Ctrl-C raises; the second one ends the process.
+fn stop_on_ctrl_c() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            while tokio::signal::ctrl_c().await.is_ok() {
+                if flag.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+                eprintln!("stopping at the end of this step; Ctrl-C again stops at once");
+            }
+        });
+    })?;
+    Ok(stop)
+}
+
+/// The progress bar, metrics.csv and the checkpoint file.
+struct Display {
+    bar: ProgressBar,
+    metrics: std::fs::File,
+    checkpoint_path: PathBuf,
+    error: Option<anyhow::Error>,
+    quiet: bool,
+}
+
+impl Display {
+    fn new(out: &Path, resumed_from: u32) -> anyhow::Result<Self> {
+        let path = out.join(METRICS_FILE);
+        let kept = kept_metrics(&path, resumed_from)?;
+        std::fs::write(&path, kept).with_context(|| format!("cannot write {}", path.display()))?;
+        let metrics = OpenOptions::new().append(true).open(&path)?;
+        let quiet = !std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {elapsed} left {eta}")?);
+        Ok(Self { bar, metrics, checkpoint_path: out.join(CHECKPOINT_FILE), error: None, quiet })
+    }
+
+    fn handle(&mut self, event: &TrainEvent<'_>, stop: &AtomicBool) -> ControlFlow<()> {
+        let done = match event {
+            TrainEvent::Started { total_steps, resumed_from, trainable_parameters } => {
+                eprintln!("{trainable_parameters} trained parameters, {total_steps} steps, {resumed_from} done");
+                self.bar.set_length(u64::from(*total_steps));
+                self.bar.set_position(u64::from(*resumed_from));
+                self.bar.reset_eta();
+                Ok(())
+            }
+            TrainEvent::Step(metrics) => self.step(metrics),
+            TrainEvent::Checkpoint { checkpoint, .. } => checkpoint.save(&self.checkpoint_path).map_err(Into::into),
+        };
+        if let Err(error) = done {
+            self.error = Some(error);
+        }
+        if self.error.is_some() || stop.load(Ordering::Relaxed) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn step(&mut self, m: &StepMetrics) -> anyhow::Result<()> {
+        let speed = m.step_tokens as f64 * 1000.0 / m.step_ms.max(1) as f64;
+        let message = format!("loss {:.4} accuracy {:.3} {speed:.0} trained tokens/s", m.loss, m.token_accuracy);
+        if self.quiet {
+            eprintln!("step {}/{} {message}", m.step, m.total_steps);
+        }
+        self.bar.set_message(message);
+        self.bar.set_position(u64::from(m.step));
+        writeln!(
+            self.metrics,
+            "{},{:.4},{:.6},{:.6},{:e},{:.6},{},{}",
+            m.step, m.epoch, m.loss, m.token_accuracy, m.learning_rate, m.grad_norm, m.trained_tokens, m.step_ms
+        )
+        .context("cannot write metrics.csv")
+    }
+
+    fn finish(self) -> anyhow::Result<()> {
+        self.bar.finish();
+        self.error.map_or(Ok(()), Err)
+    }
+}
+
+/// The lines of an earlier run's metrics.csv that a run going on from `resumed_from` will not write again.
+fn kept_metrics(path: &Path, resumed_from: u32) -> anyhow::Result<String> {
+    let mut kept = format!("{METRICS_HEADER}\n");
+    if resumed_from > 0 && path.exists() {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let step = |line: &str| line.split(',').next().and_then(|step| step.parse::<u32>().ok());
+        for line in text.lines().filter(|line| step(line).is_some_and(|step| step <= resumed_from)) {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    Ok(kept)
+}
