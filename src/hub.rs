@@ -444,9 +444,13 @@ fn changed_at(path: &Path) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use axum::http::Method;
+    use axum::routing::get;
+
     use super::*;
-    use wiremock::matchers::{method, path};
-    use wiremock::{Mock, MockServer, ResponseTemplate};
 
     fn hub(folder: &Path, endpoint: Option<String>, offline: bool) -> Hub {
         let (models_dir, cache_dir) = (folder.join("models"), folder.join("cache"));
@@ -515,25 +519,26 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_repository_file_is_downloaded_once() {
-        let server = MockServer::start().await;
-        let body = b"GGUF and more".to_vec();
-        let headers = ResponseTemplate::new(200)
-            .insert_header("x-repo-commit", "0123456789012345678901234567890123456789")
-            .insert_header("etag", "\"aaaa\"");
-        let file = "/org/repo/resolve/main/model.gguf";
-        Mock::given(method("HEAD")).and(path(file)).respond_with(headers.clone()).mount(&server).await;
-        let answer = headers.set_body_bytes(body.clone());
-        Mock::given(method("GET")).and(path(file)).respond_with(answer).expect(1).mount(&server).await;
+        let downloads = Arc::new(AtomicU32::new(0));
+        let counter = Arc::clone(&downloads);
+        let answer = async move |method: Method| {
+            counter.fetch_add(u32::from(method == Method::GET), Ordering::Relaxed);
+            ([("x-repo-commit", "0123456789012345678901234567890123456789"), ("etag", "\"aaaa\"")], "GGUF and more")
+        };
+        let routes = axum::Router::new().route("/org/repo/resolve/main/model.gguf", get(answer));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("a bound socket"));
+        let _server = tokio::spawn(async { axum::serve(listener, routes).await });
 
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let online = hub(folder.path(), Some(server.uri()), false);
-        let offline = hub(folder.path(), Some(server.uri()), true);
+        let online = hub(folder.path(), Some(endpoint.clone()), false);
+        let offline = hub(folder.path(), Some(endpoint.clone()), true);
         tokio::task::spawn_blocking(move || {
             let name = "hf:org/repo/model.gguf";
             assert_eq!(online.locate(name).expect("no error"), None);
             assert!(matches!(offline.fetch(name), Err(Error::NotFound { .. })));
             let model = online.fetch(name).expect("a download");
-            assert_eq!(std::fs::read(&model.path).expect("a file"), body);
+            assert_eq!(std::fs::read_to_string(&model.path).expect("a file"), "GGUF and more");
             assert_eq!(online.fetch(name).expect("the cached file"), model);
             assert_eq!(offline.fetch(name).expect("the cached file"), model);
             let missing = online.fetch("hf:org/repo/other.gguf").expect_err("no such file");
@@ -541,5 +546,6 @@ mod tests {
         })
         .await
         .expect("no panic");
+        assert_eq!(downloads.load(Ordering::Relaxed), 1);
     }
 }
