@@ -24,6 +24,7 @@ create table job (
     request text not null,                           -- JSON: the request as it came
     spec text not null,                              -- JSON: the request resolved, types/job_spec.rs
     training_file_id text not null,                  -- the data set; the file may be deleted once the job is done
+    idempotency_key text,                            -- the caller's Idempotency-Key, so that a repeated request makes no second job
     model_name text not null unique,                 -- ft:…, shown once the job has succeeded
     trained_tokens integer,                          -- tokens that had a loss; null until the job has succeeded
     total_steps integer,                             -- steps of the whole run; null until the first is done
@@ -39,6 +40,7 @@ create table job (
 ) strict;
 
 create index job_by_owner on job (owner, id);
+create unique index job_by_idempotency_key on job (owner, idempotency_key);
 create index job_by_status on job (status, id);
 create index job_by_training_file on job (training_file_id);
 

@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
+use axum::http::HeaderMap;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -9,6 +10,7 @@ use super::App;
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
 use super::request::{JsonBytes, Params};
+use crate::store::job::Request;
 use crate::types::artifact::ArtifactRequest;
 use crate::types::ids::JobId;
 use crate::types::job::{Job, JobError, Metadata, Status};
@@ -135,12 +137,23 @@ pub(super) async fn find(app: &App, id: &str) -> Result<Job> {
 
 /// Create a fine-tuning job.
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs", operation_id = "createFineTuningJob", tag = "Fine-tuning", request_body = JobRequest,
+    params(("Idempotency-Key" = Option<String>, Header,
+        description = "1 to 255 characters: the same key and body give the same job; the same key with another body is refused")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn create(State(app): State<App>, body: JsonBytes) -> Result<Json<JobView>> {
+pub(super) async fn create(State(app): State<App>, headers: HeaderMap, body: JsonBytes) -> Result<Json<JobView>> {
     let spec = JobSpec::parse(&body.0)?;
-    let request = String::from_utf8_lossy(&body.0);
-    let job = jobs::create::create(&app.jobs, &app.hub, DEFAULT_OWNER, spec, &request).await?;
+    let text = String::from_utf8_lossy(&body.0);
+    let request = Request { body: &text, idempotency_key: idempotency_key(&headers)? };
+    let job = jobs::create::create(&app.jobs, &app.hub, DEFAULT_OWNER, spec, request).await?;
     Ok(Json(job.into()))
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
+    const NAME: &str = "Idempotency-Key";
+    let Some(value) = headers.get(NAME) else { return Ok(None) };
+    let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
+    let message = || format!("{NAME} must be 1 to 255 visible characters, got `{}`", value.as_bytes().escape_ascii());
+    key.map(Some).ok_or_else(|| ApiError::bad_request(NAME, message()))
 }
 
 /// List fine-tuning jobs, newest first.

@@ -22,13 +22,13 @@ pub(super) struct Health {
 const OK: Health = Health { status: "ok", version: env!("CARGO_PKG_VERSION") };
 
 /// Whether the server lives.
-#[utoipa::path(get, path = "/healthz", operation_id = "healthz", tag = "Server", responses((status = 200, description = "Done", body = Health)))]
+#[utoipa::path(get, path = "/healthz", operation_id = "healthz", tag = "Server", security(()), responses((status = 200, description = "Done", body = Health)))]
 pub(super) async fn healthz() -> Json<Health> {
     Json(OK)
 }
 
 /// Whether the server takes requests: its database answers, and it is not about to end.
-#[utoipa::path(get, path = "/readyz", operation_id = "readyz", tag = "Server",
+#[utoipa::path(get, path = "/readyz", operation_id = "readyz", tag = "Server", security(()),
     responses((status = 200, description = "Done", body = Health), (status = 503, description = "Not now", body = ErrorBody)))]
 pub(super) async fn readyz(State(app): State<App>) -> Result<Json<Health>> {
     if app.shutdown.is_cancelled() {

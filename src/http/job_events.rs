@@ -83,7 +83,8 @@ impl From<Event> for EventView {
         ("limit" = Option<i64>, Query, description = "1 to 1000, default 20; only for the list"),
         ("stream" = Option<bool>, Query, description = "Follow the events"),
         ("Last-Event-ID" = Option<String>, Header, description = "With stream=true: id of the last event that was seen")),
-    responses((status = 200, description = "Done", body = List<EventView>), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "A page of the list, or the stream",
+            content((List<EventView> = "application/json"), (String = "text/event-stream"))), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
     Path(id): Path<String>,

@@ -43,14 +43,14 @@ pub fn specification_yaml() -> Result<String, Box<dyn std::error::Error + Send +
 }
 
 /// This specification as JSON.
-#[utoipa::path(get, path = "/openapi.json", operation_id = "openapiJson", tag = "Server",
+#[utoipa::path(get, path = "/openapi.json", operation_id = "openapiJson", tag = "Server", security(()),
     responses((status = 200, description = "The specification", body = Object)))]
 pub(super) async fn json() -> Json<OpenApi> {
     Json(specification())
 }
 
 /// This specification as YAML.
-#[utoipa::path(get, path = "/openapi.yaml", operation_id = "openapiYaml", tag = "Server",
+#[utoipa::path(get, path = "/openapi.yaml", operation_id = "openapiYaml", tag = "Server", security(()),
     responses((status = 200, description = "The specification", body = String, content_type = "application/yaml")))]
 pub(super) async fn yaml() -> impl IntoResponse {
     let yaml = specification_yaml().expect("a test writes the same specification as YAML");

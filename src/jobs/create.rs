@@ -2,10 +2,12 @@
 
 use rand::Rng;
 use rand::distr::Alphanumeric;
+use sqlx::SqliteConnection;
 
 use super::{Error, Jobs, Result};
 use crate::hub::{Hub, Reference};
 use crate::store;
+use crate::store::job::Request;
 use crate::types::event::NewEvent;
 use crate::types::file::Purpose;
 use crate::types::ids::JobId;
@@ -13,11 +15,14 @@ use crate::types::job::{Job, Status, model_name};
 use crate::types::job_spec::JobSpec;
 use crate::types::now_ms;
 
-/// Creates this owner's job; `request` is its body as it came.
+/// Creates this owner's job; a request that is repeated under its `Idempotency-Key` gives the job that is there.
 ///
 /// # Errors
-/// No such training file, a file of another purpose, a base model that is known not to be there.
-pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request: &str) -> Result<Job> {
+/// No such training file, a file of another purpose, a base model that is known not to be there, a key of another request.
+pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request: Request<'_>) -> Result<Job> {
+    if let Some(job) = repeated(&mut *jobs.store.read().await?, owner, request).await? {
+        return Ok(job);
+    }
     let base_name = check_model(hub, &spec.model).await?;
     let unique: String = rand::rng().sample_iter(Alphanumeric).take(8).map(char::from).collect();
     let now_ms = now_ms();
@@ -39,6 +44,9 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
     };
     let training_file = job.spec.training_file;
     let mut tx = jobs.store.begin_write().await?;
+    if let Some(job) = repeated(&mut tx, owner, request).await? {
+        return Ok(job);
+    }
     let Some(file) = store::file::find(&mut tx, training_file, owner, now_ms).await? else {
         return Err(Error::NoSuchTrainingFile(training_file));
     };
@@ -53,6 +61,16 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
     jobs.tell_readers();
     jobs.tell_scheduler();
     Ok(job)
+}
+
+/// The job that this request made when it came before.
+async fn repeated(conn: &mut SqliteConnection, owner: &str, request: Request<'_>) -> Result<Option<Job>> {
+    let Some(key) = request.idempotency_key else { return Ok(None) };
+    let Some((id, body)) = store::job::by_idempotency_key(conn, owner, key).await? else { return Ok(None) };
+    if body != request.body {
+        return Err(Error::IdempotencyKeyReused { key: key.to_owned(), job: id });
+    }
+    Ok(store::job::find(conn, id, owner).await?)
 }
 
 /// What the model's name begins with; a model that is known not to be there is told at once, not when the job has waited.

@@ -56,6 +56,14 @@ pub enum Error {
         /// Its state.
         status: Status,
     },
+    /// Another request had this key.
+    #[error("Idempotency-Key `{key}` was used for job {job} with another body")]
+    IdempotencyKeyReused {
+        /// The key.
+        key: String,
+        /// The job that it made.
+        job: JobId,
+    },
     /// The base model cannot be used.
     #[error(transparent)]
     Model(#[from] hub::Error),

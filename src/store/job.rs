@@ -56,20 +56,30 @@ fn jobs(rows: Vec<Row>) -> Result<Vec<Job>> {
     rows.into_iter().map(Job::try_from).collect()
 }
 
-/// Adds a job, with its request as it came.
+/// A request as it came.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// Its body.
+    pub body: &'a str,
+    /// Its `Idempotency-Key`: the same key and body are the same job.
+    pub idempotency_key: Option<&'a str>,
+}
+
+/// Adds a job, with the request that asked for it.
 ///
 /// # Errors
 /// The database failed.
-pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: &str) -> Result<()> {
+pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: Request<'_>) -> Result<()> {
     let spec = to_json("job.spec", &job.spec)?;
     sqlx::query!(
-        "insert into job (id, owner, status, base_model, request, spec, training_file_id, model_name, created_at_ms)
-         values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "insert into job (id, owner, status, base_model, request, idempotency_key, spec, training_file_id, model_name, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         job.id,
         job.owner,
         job.status,
         job.spec.model,
-        request,
+        request.body,
+        request.idempotency_key,
         spec,
         job.spec.training_file,
         job.model_name,
@@ -104,6 +114,25 @@ pub async fn get(conn: &mut SqliteConnection, id: JobId) -> Result<Option<Job>> 
 /// The database failed.
 pub async fn find(conn: &mut SqliteConnection, id: JobId, owner: &str) -> Result<Option<Job>> {
     Ok(get(conn, id).await?.filter(|job| job.owner == owner))
+}
+
+/// The job that this owner asked for under that key, and the body that asked for it.
+///
+/// # Errors
+/// The database failed.
+pub async fn by_idempotency_key(
+    conn: &mut SqliteConnection,
+    owner: &str,
+    key: &str,
+) -> Result<Option<(JobId, String)>> {
+    let row = sqlx::query!(
+        r#"select id as "id: JobId", request from job where owner = ? and idempotency_key = ?"#,
+        owner,
+        key,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(row.map(|row| (row.id, row.request)))
 }
 
 /// Which jobs a list shows.

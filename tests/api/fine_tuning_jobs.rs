@@ -76,6 +76,24 @@ async fn what_is_wrong_with_a_request_is_named() {
 }
 
 #[tokio::test]
+async fn a_repeated_request_with_its_key_makes_no_second_job() {
+    let app = TestApp::start().await;
+    let file = app.upload(&ROWS.repeat(10)).await;
+    let post = async |key: &str, seed: i64| {
+        let body = json!({"model": "local:tiny.gguf", "training_file": file, "seed": seed});
+        let request = app.request(reqwest::Method::POST, JOBS).header("idempotency-key", key).json(&body);
+        request.send().await.expect("an answer")
+    };
+    let first = ok_json(post("one", 1).await).await;
+    assert_eq!(ok_json(post("one", 1).await).await["id"], first["id"]);
+    assert_ne!(ok_json(post("two", 1).await).await["id"], first["id"]);
+    let reused = error(post("one", 2).await, StatusCode::BAD_REQUEST).await;
+    assert_eq!(reused["param"], "Idempotency-Key");
+    error(post(&"k".repeat(256), 1).await, StatusCode::BAD_REQUEST).await;
+    assert_eq!(column(&app.get_json(JOBS).await, "id").len(), 2);
+}
+
+#[tokio::test]
 async fn jobs_are_listed_newest_first_and_by_label() {
     let app = TestApp::start().await;
     let mut ids = Vec::new();
