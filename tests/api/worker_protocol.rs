@@ -20,8 +20,7 @@ async fn a_worker_gets_its_task_and_its_bytes() {
     let task = worker.get("task").await;
     assert_eq!((&task["job_id"], &task["kind"], &task["resume"]), (&job["id"], &json!("validate"), &json!(null)));
     assert_eq!(task["spec"]["training"]["max_steps"], 9);
-    assert_eq!(task["base_model"]["name"], "local:tiny.gguf");
-    assert!(text(&task["base_model"]["path"]).ends_with("models/tiny.gguf"));
+    assert_eq!(task["base_model"], json!({"name": "local:tiny.gguf"}));
     let rows = ROWS.repeat(10);
     assert_eq!(task["training_file"]["sha256"], hex::encode(Sha256::digest(&rows)));
     let bytes = worker.request(Method::GET, "training_file").send().await.expect("an answer");
