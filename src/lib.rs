@@ -8,3 +8,4 @@ pub mod jobs;
 pub mod storage;
 pub mod store;
 pub mod types;
+pub mod worker;

@@ -1,0 +1,81 @@
+//! Which errors fail a job for good, and what the job's owner is told; every other error ends only the attempt.
+
+use crate::hub;
+use crate::types::event::{EventType, Level};
+use crate::types::worker_protocol::{Finish, WorkerEvent};
+use lorad_engine::data::Report;
+
+/// The engine's error as the end of the job, if trying again could not help.
+///
+/// # Errors
+/// The error itself, where another attempt may fare better (a full disk, a damaged download).
+pub(super) fn of_engine(error: lorad_engine::Error) -> anyhow::Result<Finish> {
+    use lorad_engine::Error;
+    use lorad_engine::data::DatasetError;
+    let message = error.to_string();
+    match error {
+        Error::Dataset(DatasetError::Io { .. }) | Error::Io { .. } | Error::Tensor(_) | Error::Checkpoint(_) => {
+            Err(error.into())
+        }
+        Error::Dataset(error) => {
+            let events = error.report().map(findings).unwrap_or_default();
+            let param = Some("training_file".to_owned());
+            Ok(Finish::Failed { code: error.code().to_owned(), message, param, events })
+        }
+        Error::Model(_) | Error::UnsupportedArchitecture(_) | Error::Tokenizer(_) | Error::Template(_) => {
+            Ok(failed("invalid_model", message, Some("model")))
+        }
+        Error::Spec(error) => Ok(failed("invalid_hyperparameters", message, Some(error.field))),
+        Error::ReadBack(_) | Error::Adapter(_) => Ok(failed("export_failed", message, None)),
+        Error::Training { .. } => Ok(failed("training_failed", message, None)),
+    }
+}
+
+/// The hub's error as the end of the job, if trying again could not help.
+///
+/// # Errors
+/// The error itself, where another attempt may fare better.
+pub(super) fn of_hub(error: hub::Error) -> anyhow::Result<Finish> {
+    let code = match error {
+        hub::Error::NotFound { .. } | hub::Error::Unsupported { .. } => "model_not_found",
+        hub::Error::WrongHash { .. } => "invalid_model",
+        hub::Error::Download { .. } => "model_download_failed",
+        hub::Error::Io { .. } => return Err(error.into()),
+    };
+    Ok(failed(code, error.to_string(), Some("model")))
+}
+
+/// What the owner of a data set should know about it: every listed bad row, and what was cut or left out.
+pub(super) fn findings(report: &Report) -> Vec<WorkerEvent> {
+    let mut findings: Vec<(Level, String, Option<serde_json::Value>)> =
+        report.bad_rows.iter().map(|row| (Level::Error, row.to_string(), serde_json::to_value(row).ok())).collect();
+    let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
+    if report.bad_row_count > 0 {
+        let rest = if unlisted > 0 { format!(", {unlisted} of them not listed") } else { String::new() };
+        let message = format!("{} of {} rows cannot be used{rest}", report.bad_row_count, report.rows);
+        findings.push((Level::Error, message, None));
+    }
+    for (count, what) in [
+        (report.truncated_rows, "row(s) are longer than max_seq_length and were cut"),
+        (report.dropped_rows, "row(s) were left out: nothing to train on was left of them after the cut"),
+    ] {
+        if count > 0 {
+            findings.push((Level::Warn, format!("{count} {what}"), None));
+        }
+    }
+    for (field, count) in &report.ignored_fields {
+        findings.push((Level::Warn, format!("the field `{field}` of {count} row(s) was not looked at"), None));
+    }
+    let event = |(worker_seq, (level, message, data))| WorkerEvent {
+        worker_seq,
+        level,
+        kind: EventType::Message,
+        message,
+        data,
+    };
+    (1..).zip(findings).map(event).collect()
+}
+
+fn failed(code: &str, message: String, param: Option<&str>) -> Finish {
+    Finish::Failed { code: code.to_owned(), message, param: param.map(str::to_owned), events: Vec::new() }
+}
