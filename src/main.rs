@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use clap::{Parser, Subcommand};
-use lorad::cli;
+use lorad::{cli, worker};
 use tracing_subscriber::EnvFilter;
 
 /// The LoRA daemon: a self-hosted fine-tuning server with OpenAI's API.
@@ -16,6 +16,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    Serve(cli::serve::Options),
+    /// Works off one task of a server; the server starts it
+    #[command(hide = true)]
+    Worker(worker::Options),
     Train(cli::train::TrainArgs),
     Chat(cli::chat::ChatArgs),
     #[command(hide = true)]
@@ -28,6 +32,8 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     start_log();
     match arguments.role {
+        Role::Serve(options) => cli::serve::run(options),
+        Role::Worker(options) => worker::run(options),
         Role::Train(args) => cli::train::run(&args),
         Role::Chat(args) => cli::chat::run(&args),
         Role::Logits(args) => cli::logits::run(&args),

@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod logits;
 pub mod openapi;
+pub mod serve;
 pub mod train;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,227 @@
+//! `lorad serve`: start everything in order, run, and stop it in the other order.
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::future::Future;
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use axum::Router;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, Flags};
+use crate::http::{self, App};
+use crate::hub::Hub;
+use crate::jobs::launcher::Launcher;
+use crate::jobs::scheduler::Scheduler;
+use crate::jobs::{Jobs, sweep};
+use crate::storage::Storage;
+use crate::store::Store;
+
+/// Time that requests in flight have to end once the server was told to.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Runs the fine-tuning server.
+///
+/// Every setting has a default, so `lorad serve` alone gives a server on http://127.0.0.1:8080/v1 that keeps its database,
+/// files and artifacts in the data folder and answers this machine only. Settings come, the later winning, from: the
+/// defaults; the file given by --config, or lorad.toml in the current folder; variables named LORAD__SECTION__KEY; these flags.
+/// A setting that does not exist is an error.
+///
+/// Trainings run in worker processes, one at a time. A server that is killed goes on where it was when it is started again;
+/// Ctrl-C stops the workers too, and an interrupted training goes on from its last checkpoint at the next start.
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_long_help = SETTINGS)]
+pub struct Options {
+    /// Configuration file in TOML [default: lorad.toml in the current folder, where there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder for the database, objects, logs and the workers' socket [default: ~/.local/share/lorad]
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Address of the API; port 0 takes a free one, which the log names [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// Folder of the base models that jobs name `local:FILE.gguf` [default: models in the data folder]
+    #[arg(long, value_name = "DIR")]
+    models_dir: Option<PathBuf>,
+}
+
+const SETTINGS: &str = "\
+Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the environment):
+  [server]
+  listen = \"127.0.0.1:8080\"      address of the API; another than loopback needs auth.bootstrap_key
+  data_dir = \"DIR\"               folder for everything that is kept
+  max_upload_bytes = 8589934592  largest file that may be uploaded
+  [database]
+  path = \"FILE\"                  SQLite file; default lorad.db in the data folder
+  [storage]
+  url = \"file:DIR\"               where files, checkpoints and artifacts are kept, or memory:
+  [auth]
+  bootstrap_key = \"KEY\"          the API key that callers must send; without it anybody on this machine may call
+  [workers]
+  devices = \"auto\"               what to train on; this version: the CPU
+  listen = \"ADDR\"                TCP address for workers instead of a Unix socket in the data folder
+  lease_seconds = 30             how long a silent worker counts as alive
+  stall_seconds = 3600           how long a worker may make no progress
+  checkpoint_seconds = 60        longest time between two checkpoints to resume from
+  threads = 0                    threads of a worker's arithmetic; 0: one per processor
+  executable = \"FILE\"            program that is started as a worker; default: this one
+  [models]
+  dir = \"DIR\"                    folder of local: base models; default models in the data folder
+  cache_dir = \"DIR\"              folder of downloaded base models; default ~/.cache/lorad
+  [limits]
+  validations = 2                data sets validated at once, beside a training
+
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged.";
+
+/// Serves until Ctrl-C or SIGTERM.
+///
+/// # Errors
+/// A configuration that cannot be used, a data folder that is in use, an address that is taken, a task that failed.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let Options { config, data_dir, listen, models_dir } = options;
+    let config = Config::load(&Flags { config, data_dir, listen, models_dir })?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    runtime.block_on(serve(&config))
+}
+
+async fn serve(config: &Config) -> anyhow::Result<()> {
+    let data_dir = private_folder(&config.server.data_dir)?;
+    let _lock = lock(&data_dir)?;
+    let store = Store::open(&config.database_path()).await.context("cannot open the database")?;
+    let storage = Storage::open(&config.storage_url())?;
+    let jobs = Jobs::new(store.clone(), storage);
+    let shutdown = CancellationToken::new();
+    let app = App::new(config, jobs.clone(), Hub::from_config(config), shutdown.clone())?;
+
+    // Workers are stopped before the listener that they call, so that none dies of the shutdown.
+    let workers_gone = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    let server = listen_to_workers(config, &data_dir, &app, &workers_gone, &mut tasks).await?;
+    let listener = TcpListener::bind(config.server.listen).await;
+    let listener = listener.with_context(|| format!("cannot listen on {}", config.server.listen))?;
+    let address = listener.local_addr().context("the listener has no address")?;
+    let served =
+        axum::serve(listener, http::public_router(app)).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    tasks.spawn(named("the API", served.into_future()));
+    tasks.spawn(named("the sweep", sweep::run(jobs.clone(), shutdown.clone())));
+    let scheduler = Scheduler::new(config, jobs, Launcher::new(config, server));
+    let scheduled = scheduler.run(shutdown.clone());
+    tasks.spawn(named("the scheduler", async move {
+        let result = scheduled.await;
+        workers_gone.cancel();
+        result
+    }));
+    tracing::info!(%address, data_dir = %data_dir.display(), "listening on http://{address}/v1");
+
+    let result = supervise(tasks, &shutdown).await;
+    store.close().await;
+    result
+}
+
+/// Waits for a signal, or for a task to end that should not; then lets all tasks end.
+async fn supervise(mut tasks: JoinSet<anyhow::Result<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for Ctrl-C")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut result = tokio::select! {
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        Some(ended) = tasks.join_next() => flatten(ended).and_then(|()| bail!("a task of the server ended")),
+    };
+    tracing::info!("stopping");
+    shutdown.cancel();
+    let drained = async {
+        while let Some(ended) = tasks.join_next().await {
+            let ended = flatten(ended);
+            if result.is_ok() {
+                result = ended;
+            }
+        }
+        result
+    };
+    tokio::select! {
+        result = drained => result,
+        () = tokio::time::sleep(DRAIN) => {
+            tracing::warn!("requests are still in flight after {} s, ending them", DRAIN.as_secs());
+            Ok(())
+        }
+        _ = interrupt.recv() => bail!("stopped at once by a second signal"),
+        _ = terminate.recv() => bail!("stopped at once by a second signal"),
+    }
+}
+
+/// A task that panicked is an error as well.
+fn flatten(ended: Result<anyhow::Result<()>, tokio::task::JoinError>) -> anyhow::Result<()> {
+    ended.context("a task of the server panicked")?
+}
+
+async fn named<E>(name: &'static str, task: impl Future<Output = Result<(), E>>) -> anyhow::Result<()>
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    task.await.with_context(|| format!("{name} failed"))
+}
+
+/// Opens the workers' listener and returns the address that a worker is told.
+async fn listen_to_workers(
+    config: &Config,
+    data_dir: &Path,
+    app: &App,
+    shutdown: &CancellationToken,
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+) -> anyhow::Result<String> {
+    let router: Router = http::worker_router(app.clone());
+    let shutdown = shutdown.clone().cancelled_owned();
+    if let Some(address) = config.workers.listen {
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.with_context(|| format!("cannot listen on {address} for workers"))?;
+        let address = listener.local_addr().context("the workers' listener has no address")?;
+        let served = axum::serve(listener, router).with_graceful_shutdown(shutdown);
+        tasks.spawn(named("the workers' API", served.into_future()));
+        return Ok(format!("http://{address}"));
+    }
+    let socket = data_dir.join("worker.sock");
+    // This server holds the lock of the data folder: a socket that is there belongs to none.
+    match std::fs::remove_file(&socket) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {}", socket.display()));
+        }
+        _ => (),
+    }
+    let listener = UnixListener::bind(&socket).with_context(|| {
+        format!("cannot make the socket {} (its path may have 107 bytes; or set workers.listen)", socket.display())
+    })?;
+    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", socket.display()))?;
+    let served = axum::serve(listener, router).with_graceful_shutdown(shutdown);
+    tasks.spawn(named("the workers' API", served.into_future()));
+    Ok(format!("unix:{}", socket.display()))
+}
+
+/// Makes the data folder and returns its absolute path.
+fn private_folder(path: &Path) -> anyhow::Result<PathBuf> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .and_then(|()| path.canonicalize())
+        .with_context(|| format!("cannot make the data folder {}", path.display()))
+}
+
+/// Two servers on one data folder would take each other's workers for dead.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    let path = data_dir.join("lorad.lock");
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("another server uses the data folder {}", data_dir.display()),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
