@@ -1,0 +1,8 @@
+//! Faults with real processes: workers and servers killed at any moment, jobs cancelled, inputs that lie.
+
+mod bad_input;
+mod cancelled;
+mod server_killed;
+mod start_up;
+mod support;
+mod worker_killed;

@@ -1,0 +1,37 @@
+//! What a server checks before it starts, and the workers' other way to call it.
+
+use serde_json::json;
+
+use super::support::{Home, rows};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_server_on_the_same_folder_is_refused() {
+    let home = Home::start(&[]).await;
+    let (status, output) = home.run_server("data", &[]);
+    assert!(!status.success() && output.contains("another server uses the data folder"), "{output}");
+    home.get("/models").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_that_cannot_be_used_is_named() {
+    let home = Home::start(&[]).await;
+    for (name, value, words) in [
+        ("LORAD__WORKERS__LEASE", "4", &["workers", "lease"][..]),
+        ("LORAD__WORKERS__DEVICES", "cuda:0", &["workers.devices", "cuda:0"]),
+        ("LORAD__SERVER__LISTEN", "0.0.0.0:0", &["server.listen", "auth.bootstrap_key"]),
+        ("LORAD__STORAGE__URL", "ftp://somewhere", &["storage.url", "ftp://somewhere"]),
+    ] {
+        let (status, output) = home.run_server("other", &[(name, value)]);
+        assert!(!status.success() && words.iter().all(|word| output.contains(word)), "{output}");
+        assert!(!output.contains("panicked"), "{output}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_may_call_over_tcp() {
+    let home = Home::start(&[("LORAD__WORKERS__LISTEN", "127.0.0.1:0")]).await;
+    let file = home.upload(rows(12)).await;
+    let id = home.create(&file, json!({"training": {"max_steps": 2}})).await;
+    let job = home.finished(&id).await;
+    assert_eq!(job["status"], "succeeded", "{job}");
+}

@@ -1,0 +1,295 @@
+//! A real `lorad serve` with its workers on a tiny model, and what the tests see of it: its API, its data folder, `/proc`.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use lorad_engine::testing::TinyModel;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use reqwest::multipart::{Form, Part};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Longest time that anything may take here.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Seconds of a worker's lease.
+pub(crate) const LEASE_SECONDS: u64 = 4;
+
+/// A data folder and a models folder, and the server that runs on them.
+pub(crate) struct Home {
+    folder: TempDir,
+    http: reqwest::Client,
+    server: Option<(Child, SocketAddr)>,
+    settings: Vec<(&'static str, String)>,
+}
+
+/// A worker process.
+#[derive(Debug, Clone)]
+pub(crate) struct Worker {
+    pub(crate) pid: i32,
+    pub(crate) scratch: PathBuf,
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        self.kill_server();
+        self.kill_workers();
+        if std::thread::panicking() {
+            eprintln!("server log:\n{}", self.log());
+        }
+    }
+}
+
+impl Home {
+    /// A fresh home with a tiny model, `local:tiny.gguf`, and a running server.
+    pub(crate) async fn start(settings: &[(&'static str, &str)]) -> Self {
+        let folder = tempfile::Builder::new().prefix("lorad-").tempdir().expect("a temporary folder");
+        fs::create_dir_all(folder.path().join("models")).expect("a folder");
+        let settings = settings.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+        let mut home = Self { folder, http: reqwest::Client::new(), server: None, settings };
+        TinyModel::default().write(&home.model_path("tiny.gguf")).expect("a model");
+        home.start_server().await;
+        home
+    }
+
+    pub(crate) fn model_path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("models").join(name)
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
+    }
+
+    /// Starts the server (again) and waits until it answers.
+    pub(crate) async fn start_server(&mut self) {
+        let log = self.folder.path().join("server.log");
+        let log = fs::OpenOptions::new().create(true).append(true).open(log).expect("a log");
+        let before = self.log().len();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command
+            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(self.data())
+            .arg("--models-dir")
+            .arg(self.folder.path().join("models"))
+            .current_dir(self.folder.path())
+            .env("LORAD__WORKERS__LEASE_SECONDS", LEASE_SECONDS.to_string())
+            .env("LORAD__MODELS__CACHE_DIR", self.folder.path().join("cache"))
+            .env("HF_HUB_OFFLINE", "1")
+            .env("NO_COLOR", "1")
+            .envs(self.settings.iter().map(|(name, value)| (*name, value.as_str())))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let child = command.spawn().expect("a server");
+        let address = poll("the server's address", || {
+            let log = self.log();
+            let (_, rest) = log[before..].split_once("listening on http://")?;
+            rest.split_once("/v1")?.0.parse().ok()
+        })
+        .await;
+        self.server = Some((child, address));
+    }
+
+    /// Runs another server, on that data folder of this home, which must end by itself.
+    pub(crate) fn run_server(&self, data: &str, variables: &[(&str, &str)]) -> (ExitStatus, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command.arg("serve").arg("--data-dir").arg(self.folder.path().join(data)).current_dir(self.folder.path());
+        if variables.iter().all(|(name, _)| *name != "LORAD__SERVER__LISTEN") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        let output = command.envs(variables.iter().copied()).output().expect("a server");
+        (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// kill -9 of the server.
+    pub(crate) fn kill_server(&mut self) {
+        if let Some((mut server, _)) = self.server.take() {
+            server.kill().expect("a process of ours");
+            server.wait().expect("its end");
+        }
+    }
+
+    /// SIGTERM for the server; returns once it has ended.
+    pub(crate) async fn stop_server(&mut self) {
+        let (mut server, _) = self.server.take().expect("a running server");
+        kill(Pid::from_raw(server.id().cast_signed()), Signal::SIGTERM).expect("a process of ours");
+        let status = poll("the server's end", || server.try_wait().expect("a process of ours")).await;
+        assert!(status.success(), "{status}");
+    }
+
+    /// kill -9 of every worker.
+    pub(crate) fn kill_workers(&self) {
+        for worker in self.workers() {
+            worker.kill();
+        }
+    }
+
+    /// The workers of this home that run.
+    pub(crate) fn workers(&self) -> Vec<Worker> {
+        let scratch_root = self.data().join("scratch");
+        let processes = fs::read_dir("/proc").expect("a Linux");
+        let workers = processes.flatten().filter_map(|entry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let arguments = fs::read(entry.path().join("cmdline")).ok()?;
+            let mut arguments =
+                arguments.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned());
+            arguments.find(|argument| argument == "--scratch")?;
+            let scratch = PathBuf::from(arguments.next()?);
+            scratch.starts_with(&scratch_root).then_some(Worker { pid, scratch })
+        });
+        workers.collect()
+    }
+
+    /// Attempts made so far, by their logs.
+    pub(crate) fn attempts(&self) -> usize {
+        fs::read_dir(self.data().join("logs")).map_or(0, Iterator::count)
+    }
+
+    fn url(&self, path: &str) -> String {
+        let (_, address) = self.server.as_ref().expect("a running server");
+        format!("http://{address}/v1{path}")
+    }
+
+    /// A GET that must succeed.
+    pub(crate) async fn get(&self, path: &str) -> Value {
+        let response = self.http.get(self.url(path)).send().await.expect("an answer");
+        let (status, body) = (response.status(), response.text().await.expect("a body"));
+        assert!(status.is_success(), "GET {path}: {status} {body}");
+        serde_json::from_str(&body).expect("JSON")
+    }
+
+    /// A POST, with its status.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let response = self.http.post(self.url(path)).json(body).send().await.expect("an answer");
+        (response.status().as_u16(), response.json().await.expect("JSON"))
+    }
+
+    /// Uploads a data set and returns its id.
+    pub(crate) async fn upload(&self, content: impl Into<Vec<u8>>) -> String {
+        let file = Part::bytes(content.into()).file_name("rows.jsonl");
+        let form = Form::new().text("purpose", "fine-tune").part("file", file);
+        let response = self.http.post(self.url("/files")).multipart(form).send().await.expect("an answer");
+        let file: Value = response.json().await.expect("JSON");
+        file["id"].as_str().unwrap_or_else(|| panic!("no file: {file}")).to_owned()
+    }
+
+    /// Creates a job and returns its id; `extra` fields replace the usual ones.
+    pub(crate) async fn create(&self, file: &str, extra: Value) -> String {
+        let mut body = json!({"model": "local:tiny.gguf", "training_file": file});
+        for (name, value) in extra.as_object().expect("an object") {
+            body[name] = value.clone();
+        }
+        let (status, job) = self.post("/fine_tuning/jobs", &body).await;
+        assert_eq!(status, 200, "{job}");
+        job["id"].as_str().expect("an id").to_owned()
+    }
+
+    pub(crate) async fn job(&self, id: &str) -> Value {
+        self.get(&format!("/fine_tuning/jobs/{id}")).await
+    }
+
+    /// Waits until the job has come to an end and returns it.
+    pub(crate) async fn finished(&self, id: &str) -> Value {
+        let begin = Instant::now();
+        loop {
+            let job = self.job(id).await;
+            if matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled")) {
+                return job;
+            }
+            assert!(begin.elapsed() < PATIENCE, "the job does not end: {job}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The job's story, oldest first, with its own ids taken out so that two jobs can be compared.
+    pub(crate) async fn story(&self, id: &str) -> Vec<String> {
+        let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=1000")).await;
+        let model = self.job(id).await["fine_tuned_model"].as_str().unwrap_or("no model").to_owned();
+        let mut story: Vec<String> = events["data"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|event| {
+                let text = format!("{} {} {}", event["level"], event["message"], event["data"]);
+                text.replace(id, "JOB").replace(&model, "MODEL")
+            })
+            .collect();
+        story.reverse();
+        story
+    }
+
+    /// Hashes of the job's artifacts by type.
+    pub(crate) async fn artifacts(&self, id: &str) -> Vec<(String, String)> {
+        let list = self.get(&format!("/fine_tuning/jobs/{id}/artifacts")).await;
+        let hash = |artifact: &Value| {
+            let text =
+                |name: &str| artifact[name].as_str().unwrap_or_else(|| panic!("no {name}: {artifact}")).to_owned();
+            (text("type"), text("sha256"))
+        };
+        let mut hashes: Vec<_> = list["data"].as_array().expect("a list").iter().map(hash).collect();
+        hashes.sort();
+        hashes
+    }
+
+    /// Waits for a step to be reported.
+    pub(crate) async fn trained_a_step(&self, id: &str) {
+        let begin = Instant::now();
+        loop {
+            let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=1")).await;
+            if events["data"][0]["type"] == "metrics" {
+                return;
+            }
+            assert!(begin.elapsed() < PATIENCE, "no step is reported: {events}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+impl Worker {
+    /// kill -9.
+    pub(crate) fn kill(&self) {
+        // A worker that has ended already is as dead.
+        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+    }
+
+    /// Whether a file or folder whose name begins so is in its scratch folder.
+    pub(crate) fn has(&self, prefix: &str) -> bool {
+        let Ok(files) = fs::read_dir(&self.scratch) else { return false };
+        files.flatten().any(|file| file.file_name().to_string_lossy().starts_with(prefix))
+    }
+}
+
+/// Asks again and again until there is an answer.
+pub(crate) async fn poll<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(begin.elapsed() < PATIENCE, "waited too long for {what}");
+        tokio::time::sleep(Duration::from_micros(300)).await;
+    }
+}
+
+/// A data set of that many rows, in OpenAI's chat format.
+pub(crate) fn rows(count: usize) -> String {
+    let row = |index: usize| {
+        let question = format!("What is {index} times {}?", index + 3);
+        let answer = format!("It is {}, as everybody knows.", index * (index + 3));
+        json!({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    };
+    (0..count).map(|index| format!("{}\n", row(index))).collect()
+}
+
+/// Cuts a file to a part of its length.
+pub(crate) fn cut(source: &Path, target: &Path, keep: impl Fn(usize) -> usize) {
+    let bytes = fs::read(source).expect("a file");
+    fs::write(target, &bytes[..keep(bytes.len())]).expect("a file");
+}

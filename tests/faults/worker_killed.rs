@@ -1,0 +1,106 @@
+//! kill -9 of the worker at every phase: the job goes on by itself and ends as if nothing had happened.
+
+use serde_json::{Value, json};
+
+use super::support::{Home, Worker, poll, rows};
+
+/// Enough steps that one can be hit, and checkpoints all the way.
+fn run() -> Value {
+    json!({
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 12}}},
+        "lora": {"r": 4}, "training": {"learning_rate": 0.01},
+    })
+}
+
+/// A moment in a worker's life, told by what is in its scratch folder.
+struct Phase {
+    name: &'static str,
+    /// Workers of the job before this one: 0 for the validation, 1 for the first training.
+    workers_before: usize,
+    is_now: fn(&Worker) -> bool,
+}
+
+const PHASES: [Phase; 5] = [
+    Phase { name: "validation", workers_before: 0, is_now: |_| true },
+    Phase { name: "loading", workers_before: 1, is_now: |worker| worker.has("training_file") },
+    Phase { name: "a step", workers_before: 1, is_now: |_| true },
+    Phase {
+        name: "a checkpoint write",
+        workers_before: 1,
+        is_now: |worker| worker.has("checkpoint-") || worker.has(".tmp"),
+    },
+    Phase { name: "export", workers_before: 1, is_now: |worker| worker.has("export") },
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_is_replaced_and_changes_nothing() {
+    let home = Home::start(&[("LORAD__WORKERS__CHECKPOINT_SECONDS", "1")]).await;
+    let file = home.upload(rows(40)).await;
+    let undisturbed = home.create(&file, run()).await;
+    let job = home.finished(&undisturbed).await;
+    assert_eq!(job["status"], "succeeded", "{job}");
+    let (story, artifacts) = (home.story(&undisturbed).await, home.artifacts(&undisturbed).await);
+    assert_eq!(artifacts.len(), 2, "{artifacts:?}");
+
+    for phase in PHASES {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            assert!(tries <= 10, "{} could not be hit", phase.name);
+            let before = home.attempts();
+            let id = home.create(&file, run()).await;
+            let hit = kill_in(&home, &id, &phase, before).await;
+            let job = home.finished(&id).await;
+            assert_eq!(job["status"], "succeeded", "killed in {}: {job}", phase.name);
+            assert_eq!(home.story(&id).await, story, "killed in {}", phase.name);
+            assert_eq!(home.artifacts(&id).await, artifacts, "killed in {}", phase.name);
+            // A validation, a training, and one of them once more: else the worker was done before it was killed.
+            if hit && home.attempts() - before == 3 {
+                break;
+            }
+        }
+    }
+}
+
+/// Kills the worker in that phase of the job; `false`: it was over too soon.
+async fn kill_in(home: &Home, id: &str, phase: &Phase, attempts_before: usize) -> bool {
+    if phase.name == "a step" {
+        home.trained_a_step(id).await;
+    }
+    let begun = || home.attempts() > attempts_before + phase.workers_before;
+    let found = poll(phase.name, || {
+        let (begun, newest) = (begun(), home.workers().into_iter().max_by(|a, b| a.scratch.cmp(&b.scratch)));
+        match newest {
+            None if begun => Some(None),
+            Some(worker) if begun && (phase.is_now)(&worker) => Some(Some(worker)),
+            _ => None,
+        }
+    })
+    .await;
+    if let Some(worker) = &found {
+        worker.kill();
+    }
+    found.is_some()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_crashes_three_times_without_a_checkpoint_fails_the_job() {
+    let home = Home::start(&[]).await;
+    let file = home.upload(rows(40)).await;
+    let long = json!({"training": {"max_steps": 100_000, "save_steps": 100_000}});
+    let id = home.create(&file, long).await;
+    home.trained_a_step(&id).await;
+    let mut killed = Vec::new();
+    for _ in 0..3 {
+        // One that has begun to work, so that its log has lines to quote.
+        let next = |worker: &Worker| !killed.contains(&worker.pid) && worker.has("training_file");
+        let worker = poll("a worker", || home.workers().into_iter().find(next)).await;
+        worker.kill();
+        killed.push(worker.pid);
+    }
+    let job = home.finished(&id).await;
+    assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("worker_crashed")), "{job}");
+    let message = job["error"]["message"].as_str().expect("a message");
+    assert!(message.contains("SIGKILL") && message.contains("attempt started"), "{message}");
+    assert!(home.workers().is_empty());
+}
