@@ -19,7 +19,7 @@ use std::any::Any;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, to_bytes};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -128,14 +128,19 @@ async fn envelope(request: Request, next: Next) -> Response {
     if is_json || !(status.is_client_error() || status.is_server_error()) {
         return response;
     }
+    let (parts, body) = response.into_parts();
+    // What an extractor of the framework says is for the caller; it is short.
+    let said = to_bytes(body, 4096).await.unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
     let message = match status {
         StatusCode::NOT_FOUND => format!("Unknown request URL: {target}"),
         StatusCode::METHOD_NOT_ALLOWED => format!("Not allowed method for this URL: {target}"),
         StatusCode::SERVICE_UNAVAILABLE => format!("{target} took too long, try again later"),
-        _ => format!("{target}: {}", status.canonical_reason().unwrap_or("the request failed")),
+        _ if said.is_empty() => format!("{target}: {}", status.canonical_reason().unwrap_or("the request failed")),
+        _ => format!("{target}: {said}"),
     };
     let mut enveloped = error::ApiError::of_status(status, &message).into_response();
-    if let Some(allow) = response.headers().get(header::ALLOW) {
+    if let Some(allow) = parts.headers.get(header::ALLOW) {
         enveloped.headers_mut().insert(header::ALLOW, allow.clone());
     }
     enveloped

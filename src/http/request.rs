@@ -2,11 +2,11 @@
 
 use std::str::FromStr;
 
-use axum::body::to_bytes;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
 use serde::de::DeserializeOwned;
 
 use super::error::{ApiError, Result};
@@ -91,15 +91,16 @@ impl<S: Send + Sync> FromRequest<S> for JsonBytes {
         if !essence.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::unsupported_media_type(content_type));
         }
-        let bytes = to_bytes(request.into_body(), MAX_JSON_BYTES).await.map_err(|error| {
-            let too_long = std::error::Error::source(&error).is_some_and(|source| source.to_string().contains("limit"));
-            if too_long {
-                ApiError::too_large(MAX_JSON_BYTES as u64)
-            } else {
-                ApiError::bad_body(format!("the body could not be read: {error}"))
+        let mut bytes = BytesMut::new();
+        let mut chunks = request.into_body().into_data_stream();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|error| ApiError::bad_body(format!("the body could not be read: {error}")))?;
+            if bytes.len() + chunk.len() > MAX_JSON_BYTES {
+                return Err(ApiError::too_large(MAX_JSON_BYTES as u64));
             }
-        })?;
-        Ok(Self(bytes))
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok(Self(bytes.freeze()))
     }
 }
 

@@ -79,7 +79,8 @@ async fn a_bad_form_names_its_field() {
     }
     assert_eq!(app.get_json("/v1/files").await["data"], json!([]));
     let no_form = app.post_json("/v1/files", &json!({})).await;
-    error(no_form, StatusCode::BAD_REQUEST).await;
+    let no_form = error(no_form, StatusCode::BAD_REQUEST).await;
+    assert!(text(&no_form["message"]).contains("multipart/form-data"), "{no_form}");
 }
 
 #[tokio::test]
