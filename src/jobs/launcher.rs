@@ -1,7 +1,7 @@
 //! Worker processes of this machine: start them, tell whether they live, signal them, read their logs.
 //!
 //! A worker leads a process group of its own, so that a signal reaches whatever it started; its token comes on stdin, so
-//! that no process list shows it; its environment is empty but for [`PASSED_ON`]. It learns its token only after its process
+//! that no process list shows it; its environment is empty but for `PASSED_ON`. It learns its token only after its process
 //! id is in the database: should the server die between the two, the worker finds no token and exits.
 
 use std::fs::{self, File, OpenOptions};

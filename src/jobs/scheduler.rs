@@ -1,6 +1,6 @@
 //! The scheduler: watches the attempts that run, ends those whose process is gone, and claims jobs for free devices.
 //!
-//! [`Scheduler::tick`] reads what is to do from the database and may run at any time and twice; everything that wakes it only
+//! `Scheduler::tick` reads what is to do from the database and may run at any time and twice; everything that wakes it only
 //! saves waiting. What is kept in memory is about processes: which of them live, and since when one was told to stop.
 //!
 //! An attempt that an earlier server of this data folder left behind is adopted: its worker may still run, keep its lease
