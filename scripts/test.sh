@@ -25,7 +25,7 @@ step "cargo clippy"
 cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
 step "cargo doc"
-RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps --locked
+RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items --locked
 
 step "sqlx offline data"
 scripts/sqlx-prepare.sh --check
