@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 out=${LORAD_DEMO_DIR:-lorad-demo}
 model=smollm2-135m-instruct
 data=examples/persona.jsonl
-settings='"suffix": "pimwick", "training": {"learning_rate": 2e-3}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 6}}}'
+settings='"suffix": "pimwick", "training": {"learning_rate": 1.5e-3}, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 6}}}'
 # shellcheck source=scripts/lib/server.sh
 . scripts/lib/server.sh
 

@@ -37,14 +37,16 @@ check_tools() {
 
 # Whatever way the script ends: the server stops (and with it its workers), then the folder goes.
 clean_up() {
-    local status=$?
+    local status=$? try
     trap - EXIT
     trap '' INT TERM
     if [ -n "$server_pid" ]; then
         kill -TERM "$server_pid" 2>/dev/null || true
-        (sleep 20 && kill -KILL "$server_pid") >/dev/null 2>&1 &
-        wait "$server_pid" 2>/dev/null || true
-        kill $! 2>/dev/null || true
+        for ((try = 0; try < 100; try++)); do
+            kill -0 "$server_pid" 2>/dev/null || break
+            sleep 0.2
+        done
+        kill -KILL "$server_pid" 2>/dev/null || true
     fi
     [ -z "$work" ] || rm -rf "$work"
     exit "$status"
