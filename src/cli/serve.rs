@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use axum::Router;
+use nix::sys::stat::{Mode, umask};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
@@ -87,6 +88,8 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LO
 pub fn run(options: Options) -> anyhow::Result<()> {
     let Options { config, data_dir, listen, models_dir } = options;
     let config = Config::load(&Flags { config, data_dir, listen, models_dir })?;
+    // Everything that is kept is this user's alone, also where the data folder is not.
+    umask(Mode::from_bits_truncate(0o077));
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     runtime.block_on(serve(&config))
 }
