@@ -101,7 +101,11 @@ async fn attempt(client: Client, options: &Options) -> Result<(), Error> {
             Finish::Stopped
         }
     };
-    tracing::info!(?finish, "attempt done");
+    match &finish {
+        Finish::Succeeded { .. } => tracing::info!("task done"),
+        Finish::Failed { code, .. } => tracing::info!(code, "task cannot be done"),
+        Finish::Stopped => tracing::info!("stopped by the server"),
+    }
     client.post::<_, serde_json::Value>(FINISH_PATH, &finish).await?;
     Ok(())
 }
