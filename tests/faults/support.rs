@@ -259,6 +259,11 @@ impl Worker {
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
     }
 
+    /// Holds it where it is, so that nothing is heard of it.
+    pub(crate) fn freeze(&self) {
+        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).expect("a process of ours");
+    }
+
     /// Whether a file or folder whose name begins so is in its scratch folder.
     pub(crate) fn has(&self, prefix: &str) -> bool {
         let Ok(files) = fs::read_dir(&self.scratch) else { return false };

@@ -104,3 +104,17 @@ async fn a_worker_that_crashes_three_times_without_a_checkpoint_fails_the_job() 
     assert!(message.contains("SIGKILL") && message.contains("attempt started"), "{message}");
     assert!(home.workers().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_goes_silent_is_replaced() {
+    let home = Home::start(&[("LORAD__WORKERS__CHECKPOINT_SECONDS", "1")]).await;
+    let file = home.upload(rows(40)).await;
+    let id = home.create(&file, run()).await;
+    home.trained_a_step(&id).await;
+    let silent = home.workers().into_iter().max_by(|a, b| a.scratch.cmp(&b.scratch)).expect("a worker");
+    silent.freeze();
+    let job = home.finished(&id).await;
+    assert_eq!(job["status"], "succeeded", "{job}");
+    assert_eq!(home.attempts(), 3);
+    poll("its end", || home.workers().iter().all(|worker| worker.pid != silent.pid).then_some(())).await;
+}
