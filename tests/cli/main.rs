@@ -1,0 +1,145 @@
+//! `lorad train` and `lorad chat` as a user runs them: real processes on a tiny model.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use lorad_engine::testing::TinyModel;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use tempfile::TempDir;
+
+/// A folder with a tiny model and a data set.
+struct Home(TempDir);
+
+impl Home {
+    fn new() -> Self {
+        let home = Self(tempfile::tempdir().expect("a temporary folder"));
+        TinyModel::default().write(&home.path("tiny.gguf")).expect("a model");
+        let row = |index: usize| {
+            let message = |role: &str, content: String| json!({"role": role, "content": content});
+            let question = message("user", format!("How many are {index} and {index}?"));
+            let answer = message("assistant", format!("They are {}.", 2 * index));
+            json!({"messages": [question, answer]}).to_string() + "\n"
+        };
+        std::fs::write(home.path("rows.jsonl"), (0..30).map(row).collect::<String>()).expect("a data set");
+        home
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, role: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command.arg(role).args(["--base", "tiny.gguf"]).args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn train(&self, out: &str, arguments: &[&str]) -> Output {
+        let mut command = self.command("train", &["--data", "rows.jsonl", "--out", out]);
+        command.args(arguments).output().expect("a process")
+    }
+
+    fn adapter(&self, out: &str) -> Vec<u8> {
+        std::fs::read(self.path(out).join("adapter_model.safetensors")).expect("an adapter")
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// metrics.csv without the column of times.
+fn metrics(folder: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(folder.join("metrics.csv")).expect("metrics.csv");
+    text.lines().map(|line| line.rsplit_once(',').expect("columns").0.to_owned()).collect()
+}
+
+#[test]
+fn ctrl_c_keeps_a_checkpoint_and_resume_ends_with_the_same_adapter() {
+    let home = Home::new();
+    let arguments = ["--max-steps", "400", "--learning-rate", "1e-2"];
+    let whole = home.train("whole", &arguments);
+    assert!(whole.status.success(), "{}", stderr(&whole));
+
+    let mut command = home.command("train", &["--data", "rows.jsonl", "--out", "broken"]);
+    let mut process = command.args(arguments).stderr(Stdio::null()).spawn().expect("a process");
+    let begin = Instant::now();
+    let lines = || std::fs::read_to_string(home.path("broken/metrics.csv")).map_or(0, |text| text.lines().count());
+    while lines() < 20 {
+        assert!(begin.elapsed() < Duration::from_secs(120), "no step is done");
+        std::thread::yield_now();
+    }
+    kill(Pid::from_raw(process.id().cast_signed()), Signal::SIGINT).expect("a process of ours");
+    let status = process.wait().expect("its end");
+    assert_eq!(status.code(), Some(1), "it stopped before its end");
+
+    let again = home.train("broken", &arguments);
+    assert!(stderr(&again).contains("add --resume to go on from it"), "{}", stderr(&again));
+    let resumed = home.train("broken", &[&arguments[..], &["--resume"]].concat());
+    assert!(resumed.status.success(), "{}", stderr(&resumed));
+    assert!(!stderr(&resumed).contains("400 steps, 0 done"), "{}", stderr(&resumed));
+    assert_eq!(home.adapter("broken"), home.adapter("whole"));
+    assert_eq!(metrics(&home.path("broken")), metrics(&home.path("whole")));
+}
+
+#[test]
+fn an_adapter_is_continued_merged_and_talked_to() {
+    let home = Home::new();
+    let first = home.train("first", &["--n-epochs", "8", "--r", "4", "--learning-rate", "1e-2", "--gguf", "f16"]);
+    assert!(first.status.success(), "{}", stderr(&first));
+    let second = home.train("second", &["--max-steps", "2", "--init-from", "first"]);
+    assert!(second.status.success(), "{}", stderr(&second));
+    let loss = |out: &str, line: usize| {
+        let row = metrics(&home.path(out))[line].clone();
+        row.split(',').nth(2).expect("a loss").parse::<f64>().expect("a number")
+    };
+    assert!(loss("second", 1) < loss("first", 1) - 0.5, "it goes on from where the first ended");
+
+    let chat = |base: &str, adapter: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command.args(["chat", "--base", base, "--prompt", "How many are 3 and 3?", "--max-tokens", "12"]);
+        let output = command.args(adapter).current_dir(home.0.path()).output().expect("a process");
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let tuned = chat("tiny.gguf", &["--adapter", "first"]);
+    assert!(tuned.starts_with("They are "), "{tuned}");
+    assert_ne!(chat("tiny.gguf", &[]), tuned);
+    assert_eq!(chat("first/model-f16.gguf", &[]), tuned);
+}
+
+#[test]
+fn wrong_arguments_are_told_by_name() {
+    let home = Home::new();
+    std::fs::write(home.path("broken.jsonl"), "{\"messages\": [\n").expect("a file");
+    std::fs::write(home.path("none.gguf"), "GGUF").expect("a file");
+    let cases: [(&[&str], &str); 9] = [
+        (&["--learning-rate", "NaN"], "training.learning_rate must be in (0, 1], got `NaN`"),
+        (&["--learning-rate", "-1"], "training.learning_rate must be in (0, 1], got `-1`"),
+        (&["--r", "0"], "lora.r must be from 1 to 1024, got `0`"),
+        (&["--max-seq-length", "100000"], "at most the model's context length 512, got `100000`"),
+        (&["--target-modules", "q_proj,lm_head"], "got `lm_head`"),
+        (&["--resume"], "checkpoint.safetensors"),
+        (&["--init-from", "nowhere"], "nowhere/adapter_config.json"),
+        (&["--data", "broken.jsonl"], "broken.jsonl"),
+        (&["--base", "none.gguf"], "none.gguf"),
+    ];
+    for (arguments, message) in cases {
+        let mut all = vec!["train", "--out", "out"];
+        for (name, value) in [("--base", "tiny.gguf"), ("--data", "rows.jsonl")] {
+            if !arguments.contains(&name) {
+                all.extend([name, value]);
+            }
+        }
+        all.extend(arguments);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        let output = command.args(&all).current_dir(home.0.path()).output().expect("a process");
+        let told = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {told}");
+        assert!(told.contains(message), "{arguments:?}: {told}");
+        assert!(!told.contains("panicked"), "{arguments:?}: {told}");
+    }
+}
