@@ -198,6 +198,6 @@ fn byte_character(byte: u8) -> char {
 }
 
 /// Close to a normal deviate: the sum of twelve uniform ones, whose bits no mathematics library can change.
-fn normal(random: &mut ChaCha8Rng) -> f32 {
+pub(crate) fn normal(random: &mut ChaCha8Rng) -> f32 {
     (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0
 }

@@ -1,11 +1,24 @@
 //! What the gradient tests share: a naive formula in f64 under candle's autograd is the reference of every f32 backward, and
 //! finite differences are the reference of that formula.
 
+use std::cell::RefCell;
+
 use candle_core::{DType, Device, Tensor, Var};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::testing::normal;
+
+thread_local! {
+    /// Each test has a thread of its own, so each sees the same values in every run.
+    static RANDOM: RefCell<ChaCha8Rng> = RefCell::new(ChaCha8Rng::seed_from_u64(3407));
+}
 
 /// Random normal values in f64.
 pub(crate) fn randn(shape: &[usize]) -> Tensor {
-    Tensor::randn(0f64, 1.0, shape, &Device::Cpu).unwrap()
+    let values: Vec<f64> =
+        RANDOM.with_borrow_mut(|random| (0..shape.iter().product()).map(|_| f64::from(normal(random))).collect());
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
 /// The same values in f32.
@@ -42,10 +55,10 @@ pub(crate) fn norm(tensor: &Tensor) -> f64 {
     squares.sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
 }
 
-/// Asserts that an f32 result is within `tolerance` of the reference's norm (of 1e-3 where that is smaller, zero for one).
+/// Asserts that an f32 result is within `tolerance` of the reference's norm (of 1e-2 where that is smaller, zero for one).
 pub(crate) fn assert_close(name: &str, result: &Tensor, reference: &Tensor, tolerance: f64) {
     assert_eq!(result.dims(), reference.dims(), "{name}");
     let difference = norm(&(result.to_dtype(DType::F64).unwrap() - reference).unwrap());
     let scale = norm(reference);
-    assert!(difference <= tolerance * scale.max(1e-3), "{name}: off by {difference:e} of {scale:e}");
+    assert!(difference <= tolerance * scale.max(1e-2), "{name}: off by {difference:e} of {scale:e}");
 }
