@@ -17,6 +17,7 @@ use rand_chacha::ChaCha12Rng;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::files::write_atomically;
 use crate::model::Shape;
 use crate::ops::rope::RopeLayout;
 use crate::ops::{host, host_mut};
@@ -170,11 +171,9 @@ impl LoraParams {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let config = PeftConfig::new(self.layout.spec(), base_model);
         let json = serde_json::to_string_pretty(&config).map_err(|error| Error::Adapter(error.to_string()))?;
-        let path = folder.join(CONFIG_FILE);
-        std::fs::write(&path, json + "\n").map_err(Error::io(&path))?;
-        let bytes = self.peft_tensors()?;
-        let path = folder.join(WEIGHTS_FILE);
-        std::fs::write(&path, bytes).map_err(Error::io(&path))
+        // The config last: a folder that has one has whole weights beside it.
+        write_atomically(&folder.join(WEIGHTS_FILE), &self.peft_tensors()?)?;
+        write_atomically(&folder.join(CONFIG_FILE), (json + "\n").as_bytes())
     }
 
     /// The bytes of `adapter_model.safetensors`, the same for the same values.

@@ -4,6 +4,7 @@ pub mod adapter;
 pub mod data;
 mod error;
 pub mod export;
+mod files;
 pub mod generate;
 pub mod gguf;
 pub mod model;

@@ -211,7 +211,7 @@ pub struct TrainOptions {
 pub struct LoraSpec {
     /// Rank R, 1 to 1024. Default 16.
     pub r: u32,
-    /// Numerator of the scale, above 0. Default 16.
+    /// Numerator of the scale, 0.001 to 100000. Default 16.
     pub alpha: f64,
     /// Scale alpha/√r instead of alpha/r. Default false.
     pub use_rslora: bool,
@@ -246,7 +246,7 @@ pub struct TrainingSpec {
     pub weight_decay: f64,
     /// Optimizer. Default AdamW.
     pub optimizer: Optimizer,
-    /// Largest global norm of the gradient, above 0. Default 1.
+    /// Largest global norm of the gradient, 1e-6 to 1e6. Default 1.
     pub max_grad_norm: f64,
     /// Tokens a row may have, 2 to the model's context length; longer rows are cut and counted. Default 2048, or the model's
     /// context length where that is less.
@@ -337,7 +337,7 @@ fn resolve_lora(options: &LoraOptions) -> Result<LoraSpec, SpecError> {
     let r = options.r.unwrap_or(16);
     check((1..=1024).contains(&r), "lora.r", r, "from 1 to 1024")?;
     let alpha = options.alpha.unwrap_or(16.0);
-    check(alpha.is_finite() && alpha > 0.0, "lora.alpha", alpha, "above 0")?;
+    check((1e-3..=1e5).contains(&alpha), "lora.alpha", alpha, "from 0.001 to 100000")?;
     let target_modules = match &options.target_modules {
         None => Target::ALL.to_vec(),
         Some(names) => resolve_targets(names)?,
@@ -368,8 +368,8 @@ fn resolve_training(options: &TrainOptions) -> Result<TrainingSpec, SpecError> {
     let weight_decay = training.weight_decay.unwrap_or(0.01);
     check((0.0..=1.0).contains(&weight_decay), "training.weight_decay", weight_decay, "in [0, 1]")?;
     let max_grad_norm = training.max_grad_norm.unwrap_or(1.0);
-    let norm_ok = max_grad_norm.is_finite() && max_grad_norm > 0.0;
-    check(norm_ok, "training.max_grad_norm", max_grad_norm, "above 0")?;
+    let norm_ok = (1e-6..=1e6).contains(&max_grad_norm);
+    check(norm_ok, "training.max_grad_norm", max_grad_norm, "from 0.000001 to 1000000")?;
     let warmup_steps = training.warmup_steps.unwrap_or(5);
     check(warmup_steps <= 1_000_000, "training.warmup_steps", warmup_steps, "at most 1000000")?;
     for (field, value, least) in [
@@ -490,7 +490,7 @@ mod tests {
                 error(|o| o.training.learning_rate = Some(f64::NAN)),
                 "training.learning_rate must be in (0, 1], got `NaN`",
             ),
-            (error(|o| o.lora.alpha = Some(f64::INFINITY)), "lora.alpha must be above 0, got `inf`"),
+            (error(|o| o.lora.alpha = Some(f64::INFINITY)), "lora.alpha must be from 0.001 to 100000, got `inf`"),
             (
                 error(|o| o.lora.target_modules = Some(vec!["lm_head".into()])),
                 "lora.target_modules must be some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, got `lm_head`",

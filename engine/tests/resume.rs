@@ -93,6 +93,9 @@ fn a_checkpoint_of_another_run_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint");
     run(&spec(|_| {}), &model, &dataset(13), &path, 2);
+    let start = Start { resume: Some(Checkpoint::load(&path).unwrap()), ..Start::default() };
+    let (_, other_weights) = tiny(&TinyModel { seed: 2, ..TinyModel::default() });
+    assert!(train(&spec(|_| {}), &other_weights, &dataset(13), start, &mut |_| ControlFlow::Continue(())).is_err());
     let others = [
         (spec(|o| o.seed = Some(1)), dataset(13)),
         (spec(|o| o.lora.r = Some(8)), dataset(13)),
@@ -103,6 +106,21 @@ fn a_checkpoint_of_another_run_is_refused() {
         let error = train(&spec, &model, &data, start, &mut |_| ControlFlow::Continue(())).unwrap_err();
         assert!(error.to_string().contains("another specification, model or data set"), "{error}");
     }
+}
+
+#[test]
+fn a_run_broken_off_before_its_first_step_can_go_on() {
+    let (_, model) = tiny(&TinyModel::default());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint");
+    let outcome = train(&spec(|_| {}), &model, &dataset(13), Start::default(), &mut |event| {
+        if let TrainEvent::Checkpoint { checkpoint, listed: false } = event {
+            checkpoint.save(&path).unwrap();
+        }
+        ControlFlow::Break(())
+    });
+    assert_eq!(outcome.unwrap().step, 0);
+    assert_eq!(run(&spec(|_| {}), &model, &dataset(13), &path, u32::MAX).0.step, 9);
 }
 
 #[test]

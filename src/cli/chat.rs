@@ -16,7 +16,7 @@ use lorad_engine::tokenizer::Tokenizer;
 
 use super::ModelArgs;
 
-/// Talks to a model, with or without an adapter, by the training's own template and forward pass.
+/// Talks to a model, with or without an adapter, by the training's own templates and forward pass.
 ///
 /// With --prompt it answers once; without, it reads a turn a line from standard input and remembers the conversation.
 #[derive(Debug, Args)]
@@ -26,6 +26,9 @@ pub struct ChatArgs {
     /// PEFT folder
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// Prompt text, as in training: auto (the model's own chat template), alpaca
+    #[arg(long, value_name = "NAME", value_parser = super::named::<Template>, default_value = "auto")]
+    template: Template,
     /// What to say
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
@@ -64,7 +67,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
     let lora = args.adapter.as_deref().map(|folder| load_adapter(folder, &model)).transpose()?;
-    let template = ChatTemplate::for_model(Template::Auto, &tokenizer)?;
+    let template = ChatTemplate::for_model(args.template, &tokenizer)?;
     let spec =
         GenerateSpec { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let mut messages: Vec<Message> = args.system.iter().map(|system| Message::new(Role::System, system)).collect();

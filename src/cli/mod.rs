@@ -38,3 +38,8 @@ impl ModelArgs {
         Ok((self.base.clone(), model.path))
     }
 }
+
+/// Reads a value by the name that it has in the HTTP API.
+fn named<T: serde::de::DeserializeOwned>(name: &str) -> Result<T, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}

@@ -23,7 +23,7 @@ use lorad_engine::spec::{
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
 
-use super::ModelArgs;
+use super::{ModelArgs, named};
 
 const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
 const METRICS_FILE: &str = "metrics.csv";
@@ -49,8 +49,8 @@ pub struct TrainArgs {
     /// Go on from the checkpoint in --out
     #[arg(long)]
     resume: bool,
-    /// PEFT folder whose values the LoRA starts with
-    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    /// PEFT folder whose values the LoRA starts with; what is not said about the LoRA is taken from it
+    #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
     /// Also write the merged model: model-f16.gguf, model-q8_0.gguf (may be given twice)
     #[arg(long, value_name = "TYPE", value_parser = quantization)]
@@ -146,11 +146,6 @@ fn quantization(name: &str) -> Result<Quantization, String> {
     Quantization::from_name(name).ok_or_else(|| format!("expected one of {names}"))
 }
 
-/// Reads a value by the name that it has in the HTTP API.
-fn named<T: serde::de::DeserializeOwned>(name: &str) -> Result<T, String> {
-    serde_json::from_value(name.into()).map_err(|error| error.to_string())
-}
-
 impl TrainArgs {
     fn options(&self) -> anyhow::Result<TrainOptions> {
         let (training, dataset) = (&self.training, &self.dataset);
@@ -210,6 +205,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
     let dataset = data::prepare(&args.data, &spec, &tokenizer, model.config().context_length)
+        .inspect_err(list_bad_rows)
         .with_context(|| format!("cannot train on {}", args.data.display()))?;
     describe(&dataset.report);
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
@@ -229,14 +225,27 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     outcome.lora.save_peft(&args.out, &name)?;
     eprintln!("adapter: {}", args.out.display());
     for &quantization in &args.gguf {
-        merge(&file, &outcome.lora, quantization, &args.out)?;
+        merge(&file, &outcome.lora, quantization, &args.out, &stop)?;
     }
     Ok(())
 }
 
-fn merge(file: &GgufFile, lora: &LoraParams, quantization: Quantization, out: &Path) -> anyhow::Result<()> {
+fn merge(
+    file: &GgufFile,
+    lora: &LoraParams,
+    quantization: Quantization,
+    out: &Path,
+    stop: &AtomicBool,
+) -> anyhow::Result<()> {
     let path = out.join(format!("model-{}.gguf", quantization.name()));
-    export::merged_lora(file, lora, quantization, &path, &mut |_| ControlFlow::Continue(()))?;
+    let suffix = out.file_name().map(|name| name.to_string_lossy());
+    let mut on_progress = |_| match stop.load(Ordering::Relaxed) {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    };
+    if export::merged_lora(file, lora, (quantization, suffix.as_deref()), &path, &mut on_progress)?.is_none() {
+        bail!("stopped before {} was whole; the same command with --resume goes on from there", path.display());
+    }
     eprintln!("merged model: {}", path.display());
     Ok(())
 }
@@ -250,6 +259,19 @@ fn resume_point(args: &TrainArgs) -> anyhow::Result<Option<Checkpoint>> {
     }
 }
 
+/// All that was found wrong with a data set, a line each: the error itself names the first row only.
+fn list_bad_rows(error: &lorad_engine::Error) {
+    let lorad_engine::Error::Dataset(error) = error else { return };
+    let Some(report) = error.report() else { return };
+    for row in &report.bad_rows {
+        eprintln!("{row}");
+    }
+    let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
+    if unlisted > 0 {
+        eprintln!("… and {unlisted} more");
+    }
+}
+
 fn describe(report: &Report) {
     eprintln!(
         "{} rows, {} tokens, {} of them trained, longest row {}",
@@ -257,6 +279,12 @@ fn describe(report: &Report) {
     );
     if report.truncated_rows > 0 {
         eprintln!("warning: {} rows were cut to max_seq_length", report.truncated_rows);
+    }
+    if report.dropped_rows > 0 {
+        eprintln!("warning: {} rows were left out: nothing to train on was left of them", report.dropped_rows);
+    }
+    for (field, rows) in &report.ignored_fields {
+        eprintln!("warning: the field `{field}` of {rows} rows was not looked at");
     }
 }
 

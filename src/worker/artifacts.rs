@@ -12,6 +12,7 @@ use lorad_engine::gguf::GgufFile;
 
 use super::Progress;
 use crate::types::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use crate::types::worker_protocol::Task;
 
 /// The name to save an artifact under, made of the model's name: `smollm2-lorad-pirate-a1b2c3d4-q8_0.gguf` for one.
 pub(super) fn filename(model_name: &str, request: &ArtifactRequest) -> String {
@@ -29,14 +30,14 @@ pub(super) fn make(
     request: &ArtifactRequest,
     base: &GgufFile,
     lora: &LoraParams,
-    base_name: &str,
+    task: &Task,
     scratch: &Path,
     progress: &Progress,
 ) -> lorad_engine::Result<PathBuf> {
     match (request.kind, request.quantization) {
         (ArtifactType::Adapter, _) => {
             let (folder, target) = (scratch.join("export-adapter"), scratch.join("export-adapter.tar"));
-            lora.save_peft(&folder, base_name)?;
+            lora.save_peft(&folder, &task.base_model.name)?;
             write_tar(&folder, &target).map_err(Error::io(&target))?;
             progress.made();
             Ok(target)
@@ -51,10 +52,22 @@ pub(super) fn make(
                 progress.made();
                 ControlFlow::Continue(())
             };
-            export::merged_lora(base, lora, quantization, &target, &mut on_progress)?;
+            export::merged_lora(
+                base,
+                lora,
+                (quantization, Some(name_suffix(&task.model_name))),
+                &target,
+                &mut on_progress,
+            )?;
             Ok(target)
         }
     }
+}
+
+/// What sets the merged model's name off from its base's: the suffix that the job was given. Not the random end of the model's
+/// name: the same job made again gives the same bytes.
+fn name_suffix(model_name: &str) -> &str {
+    model_name.split(':').nth(3).filter(|suffix| !suffix.is_empty()).unwrap_or("tuned")
 }
 
 /// Packs the files of `folder` into one archive whose bytes depend on nothing but their names and contents.

@@ -135,9 +135,8 @@ fn train_and_export(
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
     if outcome.completed {
-        let base_name = &task.base_model.name;
         for request in &task.artifacts {
-            let path = artifacts::make(request, &base, &outcome.lora, base_name, &inputs.scratch, progress)?;
+            let path = artifacts::make(request, &base, &outcome.lora, task, &inputs.scratch, progress)?;
             let filename = artifacts::filename(&task.model_name, request);
             if send(outbox, Report::Artifact { path, request: *request, filename }).is_break() {
                 break;

@@ -92,6 +92,8 @@ fn an_adapter_is_continued_merged_and_talked_to() {
     assert!(first.status.success(), "{}", stderr(&first));
     let second = home.train("second", &["--max-steps", "2", "--init-from", "first"]);
     assert!(second.status.success(), "{}", stderr(&second));
+    let again = home.train("second", &["--max-steps", "2", "--init-from", "first", "--resume"]);
+    assert!(again.status.success(), "the same command with --resume: {}", stderr(&again));
     let loss = |out: &str, line: usize| {
         let row = metrics(&home.path(out))[line].clone();
         row.split(',').nth(2).expect("a loss").parse::<f64>().expect("a number")

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::report::{BadRowCode, Format, Problem};
 use super::{Message, Role};
+use crate::files::shorten;
 
 /// A row that can be used.
 #[derive(Debug)]
@@ -235,13 +236,5 @@ fn type_name(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
-    }
-}
-
-/// Names from a file go into messages and reports: at most 60 characters of them.
-fn shorten(text: &str) -> String {
-    match text.char_indices().nth(60) {
-        None => text.to_owned(),
-        Some((end, _)) => format!("{}…", &text[..end]),
     }
 }

@@ -5,6 +5,7 @@ use std::error::Error as _;
 use minijinja::{Environment, Value, context};
 
 use super::jinja::{self, Output, Raised};
+use crate::files::shorten;
 use crate::spec::Template;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -172,7 +173,7 @@ fn classify(error: minijinja::Error) -> RenderError {
     let mut source = error.source();
     while let Some(cause) = source {
         if let Some(Raised(message)) = cause.downcast_ref::<Raised>() {
-            return RenderError::Refused(message.clone());
+            return RenderError::Refused(shorten(message));
         }
         source = cause.source();
     }

@@ -112,14 +112,14 @@ pub struct ExportReport {
     pub size_bytes: u64,
 }
 
-/// Writes the base with a trained LoRA merged in, as [`merged_gguf`] does.
+/// Writes the base with a trained LoRA merged in, as [`merged_gguf`] does; the suffix sets its name off from the base's.
 ///
 /// # Errors
 /// As [`merged_gguf`].
 pub fn merged_lora(
     base: &GgufFile,
     lora: &LoraParams,
-    quantization: Quantization,
+    (quantization, name_suffix): (Quantization, Option<&str>),
     target: &Path,
     on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<ExportReport>> {
@@ -133,7 +133,7 @@ pub fn merged_lora(
         let Delta { lora_a, lora_b } = copies.get(&(layer, projection))?;
         Some(Delta { lora_a: Cow::Borrowed(lora_a), lora_b: Cow::Borrowed(lora_b) })
     };
-    let merge = Merge { base, lora: lora.layout().spec(), quantization, name_suffix: None };
+    let merge = Merge { base, lora: lora.layout().spec(), quantization, name_suffix };
     merged_gguf(&merge, &borrow, target, on_progress)
 }
 

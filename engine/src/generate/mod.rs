@@ -58,6 +58,9 @@ pub fn generate(
 ) -> Result<Generated> {
     let mut sampler = LogitsProcessor::from_sampling(spec.seed, sampling(spec)?);
     let context = model.config().context_length;
+    if prompt.is_empty() {
+        return Err(Error::Model("an empty prompt has nothing to go on from".to_owned()));
+    }
     if prompt.len() >= context {
         let message = format!("a prompt of {} tokens fills the model's context length {context}", prompt.len());
         return Err(Error::Model(message));

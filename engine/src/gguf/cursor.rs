@@ -1,11 +1,11 @@
-//! Reads little-endian values from bytes that may lie: nothing is allocated that the bytes left could not fill.
+//! Reads little-endian values from bytes that may lie: what is allocated is a small multiple of the bytes read so far.
 
 use super::{Array, Value};
 
 /// Arrays in arrays in arrays: deeper ones are refused.
 const MAX_ARRAY_DEPTH: usize = 4;
 /// A header larger than this is refused. The largest tokenizers known take some 20 MB.
-const MAX_HEADER_BYTES: usize = 1 << 30;
+const MAX_HEADER_BYTES: usize = 1 << 28;
 
 /// A position in the header.
 pub(super) struct Cursor<'a> {

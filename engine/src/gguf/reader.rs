@@ -250,8 +250,8 @@ const METADATA_RECORD_BYTES: usize = 8 + 4 + 1;
 type Named<T> = (Vec<T>, HashMap<String, usize>);
 
 fn read_metadata(cursor: &mut Cursor, count: usize) -> Result<Named<(String, Value)>, String> {
-    let mut metadata = Vec::with_capacity(count);
-    let mut index = HashMap::with_capacity(count);
+    let mut metadata = Vec::new();
+    let mut index = HashMap::new();
     for position in 0..count {
         let key = cursor.name("metadata key", position)?;
         let value = cursor.value().map_err(|message| format!("metadata `{key}`: {message}"))?;
@@ -279,8 +279,8 @@ fn read_tensors(
     alignment: usize,
     file_bytes: usize,
 ) -> Result<Named<TensorInfo>, String> {
-    let mut tensors = Vec::with_capacity(count);
-    let mut index = HashMap::with_capacity(count);
+    let mut tensors = Vec::new();
+    let mut index = HashMap::new();
     for position in 0..count {
         let name = cursor.name("tensor name", position)?;
         let tensor = read_tensor(cursor, &name).map_err(|message| format!("tensor `{name}` {message}"))?;

@@ -233,7 +233,7 @@ fn zero(x: &Tensor) -> Result<()> {
 }
 
 /// A projection's tensor name in a `llama` GGUF file.
-pub(crate) fn gguf_name(layer: usize, target: Target) -> String {
+fn gguf_name(layer: usize, target: Target) -> String {
     let name = match target {
         Target::QProj => "attn_q",
         Target::KProj => "attn_k",
@@ -244,4 +244,10 @@ pub(crate) fn gguf_name(layer: usize, target: Target) -> String {
         Target::DownProj => "ffn_down",
     };
     format!("blk.{layer}.{name}.weight")
+}
+
+/// All tensors of a block in a `llama` GGUF file.
+pub(crate) fn tensor_names(layer: usize) -> impl Iterator<Item = String> {
+    let norms = ["attn_norm", "ffn_norm"].map(|name| format!("blk.{layer}.{name}.weight"));
+    norms.into_iter().chain(Target::ALL.map(|target| gguf_name(layer, target)))
 }

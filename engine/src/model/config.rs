@@ -1,5 +1,6 @@
 //! What a `llama` model looks like: its shape and constants, read from GGUF metadata and checked.
 
+use crate::files::shorten;
 use crate::gguf::GgufFile;
 use crate::ops::rope::RopeLayout;
 use crate::spec::Target;
@@ -75,7 +76,7 @@ impl Config {
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let architecture = file.require_string("general.architecture")?;
         if architecture != "llama" {
-            return Err(Error::UnsupportedArchitecture(architecture.to_owned()));
+            return Err(Error::UnsupportedArchitecture(shorten(architecture)));
         }
         let size = |key: &str, most: usize| positive(file, key, most)?.ok_or_else(|| missing(key));
         let hidden = size("llama.embedding_length", 1 << 20)?;
@@ -149,14 +150,7 @@ fn rope_frequencies(file: &GgufFile, head_dim: usize) -> Result<Vec<f64>> {
     if !(base.is_finite() && base > 1.0) {
         return Err(Error::Model(format!("llama.rope.freq_base must be above 1, got `{base}`")));
     }
-    let linear = match file.string("llama.rope.scaling.type")? {
-        None | Some("none") => 1.0,
-        Some("linear") => f64::from(file.f32("llama.rope.scaling.factor")?.unwrap_or(1.0)),
-        Some(other) => {
-            let message = format!("llama.rope.scaling.type must be none or linear, got `{other}`");
-            return Err(Error::Model(message));
-        }
-    };
+    let linear = linear_scaling(file)?;
     let factors = match file.tensor("rope_freqs.weight") {
         None => vec![1.0; head_dim / 2],
         Some(_) => super::weights::vector(file, "rope_freqs.weight", head_dim / 2)?,
@@ -166,6 +160,23 @@ fn rope_frequencies(file: &GgufFile, head_dim: usize) -> Result<Vec<f64>> {
     }
     let pairs = factors.iter().enumerate();
     Ok(pairs.map(|(i, f)| base.powf(-2.0 * i as f64 / head_dim as f64) / (f64::from(*f) * linear)).collect())
+}
+
+/// What positions are divided by. As llama.cpp has it, scaling without a type is linear, an older key has the factor too, and
+/// 0 stands for none.
+fn linear_scaling(file: &GgufFile) -> Result<f64> {
+    let factor = match file.f32("llama.rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => file.f32("llama.rope.scale_linear")?,
+    };
+    match file.string("llama.rope.scaling.type")? {
+        Some("none") => Ok(1.0),
+        None | Some("linear") => Ok(factor.filter(|&factor| factor != 0.0).map_or(1.0, f64::from)),
+        Some(other) => {
+            let message = format!("llama.rope.scaling.type must be none or linear, got `{}`", shorten(other));
+            Err(Error::Model(message))
+        }
+    }
 }
 
 fn positive(file: &GgufFile, key: &str, most: usize) -> Result<Option<usize>> {

@@ -90,3 +90,46 @@ pub(crate) fn backward(
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use candle_core::quantized::GgmlDType;
+
+    use super::*;
+    use crate::model::weights::quantize;
+    use crate::ops::gradcheck::{assert_close, f32, randn, reference};
+
+    #[test]
+    fn backward_is_the_gradient_of_forward() {
+        let (tokens, rows, columns, rank, scale) = (5, 7, 6, 3, 0.5f32);
+        let (x, a, b) = (randn(&[tokens, columns]), randn(&[rank, columns]), randn(&[rows, rank]));
+        let (weight, dy, begun) = (randn(&[rows, columns]), randn(&[tokens, rows]), randn(&[tokens, columns]));
+        let values: Vec<f32> = f32(&weight).flatten_all().unwrap().to_vec1().unwrap();
+        let bytes = quantize(GgmlDType::F32, columns, &values).unwrap();
+        let stored = Weight::from_bytes(&bytes, GgmlDType::F32, (rows, columns)).unwrap();
+        let weight = f32(&weight).to_dtype(DType::F64).unwrap();
+        let naive = |inputs: &[Tensor]| {
+            let u = inputs[0].matmul(&inputs[1].t().unwrap()).unwrap();
+            let delta = (u.matmul(&inputs[2].t().unwrap()).unwrap() * f64::from(scale)).unwrap();
+            (inputs[0].matmul(&weight.t().unwrap()).unwrap() + delta).unwrap()
+        };
+        let inputs = [x, a, b];
+        let expected = reference(&inputs, &dy, naive);
+        let [x, lora_a, lora_b] = inputs.each_ref().map(f32);
+        let (pair, scratch) = (LoraPair { lora_a, lora_b }, Scratch::new(rows * columns).unwrap());
+        let lora = Lora { pair: &pair, scale };
+        let y = f32(&randn(&[tokens, rows]));
+        let u = forward(&y, &x, &stored, Some(lora), 0.0, &scratch).unwrap().expect("a LoRA");
+        assert_close("y", &y, &naive(&inputs), 1e-5);
+
+        // Gradients of parameters add to what is there, and so does dx where it is told to.
+        let gradient = LoraPair { lora_a: f32(&inputs[1]), lora_b: f32(&inputs[2]) };
+        let dx = f32(&begun);
+        let backward_lora = LoraBackward { lora, gradient: &gradient, x: &x, u: &u };
+        backward(&f32(&dy), &stored, Some(backward_lora), Some((&dx, 1.0)), &scratch).unwrap();
+        assert_close("dx", &dx, &(&begun + &expected[0]).unwrap(), 1e-4);
+        assert_close("dA", &gradient.lora_a, &(&inputs[1] + &expected[1]).unwrap(), 1e-4);
+        assert_close("dB", &gradient.lora_b, &(&inputs[2] + &expected[2]).unwrap(), 1e-4);
+    }
+}

@@ -1,16 +1,19 @@
 //! The whole model: embedding, blocks, final norm, output projection; forward and backward, and token-by-token decoding.
 
-use std::sync::{Mutex, MutexGuard};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::Tensor;
+use sha2::{Digest, Sha256};
 
 use crate::adapter::LoraParams;
 use crate::data::MicroBatch;
+use crate::files::shorten;
 use crate::gguf::GgufFile;
-use crate::model::block::{Block, BlockCache, Pass, Saved};
+use crate::model::block::{self, Block, BlockCache, Pass, Saved};
 use crate::model::config::Config;
 use crate::model::linear::Scratch;
-use crate::model::weights::{self, Weight};
+use crate::model::weights::{self, MappedFile, Weight};
 use crate::ops::cross_entropy::{self, Loss};
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, rms_norm, tensor};
@@ -27,6 +30,7 @@ pub struct Llama {
     /// The output projection; `None` where it is the embedding table.
     lm_head: Option<Weight>,
     scratch: Mutex<Scratch>,
+    file: Arc<MappedFile>,
 }
 
 /// Keys and values of the tokens so far.
@@ -65,6 +69,7 @@ impl Llama {
     pub fn load(file: &GgufFile) -> Result<Self> {
         let config = Config::from_gguf(file)?;
         let shape = &config.shape;
+        refuse_unknown_tensors(file, shape.layers)?;
         let table = (shape.vocabulary, shape.hidden);
         let blocks = (0..shape.layers).map(|layer| Block::from_gguf(file, layer, shape)).collect::<Result<_>>()?;
         let lm_head =
@@ -76,6 +81,7 @@ impl Llama {
             norm: tensor(weights::vector(file, "output_norm.weight", shape.hidden)?, shape.hidden)?,
             lm_head,
             scratch: Mutex::new(Scratch::new(largest.into_iter().max().unwrap_or(0))?),
+            file: Arc::clone(file.mapped()),
             config,
         })
     }
@@ -83,6 +89,11 @@ impl Llama {
     /// Shape and constants.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// SHA-256 of the file that the weights came from; reads all of it.
+    pub fn file_sha256(&self) -> [u8; 32] {
+        Sha256::digest(self.file.bytes()).into()
     }
 
     fn lm_head(&self) -> &Weight {
@@ -199,5 +210,19 @@ impl Llama {
         let logits = cross_entropy::logits(&n, self.lm_head())?.squeeze(0)?;
         cache.position = end;
         Ok(logits)
+    }
+}
+
+/// A tensor that forward does not know (the bias of a projection, for one) would be left out of every result.
+fn refuse_unknown_tensors(file: &GgufFile, layers: usize) -> Result<()> {
+    const OUTSIDE: [&str; 4] = ["token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"];
+    let names = (0..layers).flat_map(block::tensor_names);
+    let known: HashSet<String> = names.chain(OUTSIDE.map(str::to_owned)).collect();
+    match file.tensors().iter().find(|tensor| !known.contains(&tensor.name)) {
+        None => Ok(()),
+        Some(tensor) => {
+            let message = format!("its tensor `{}` is of a kind that is not supported", shorten(&tensor.name));
+            Err(Error::Model(message))
+        }
     }
 }

@@ -44,6 +44,26 @@ impl std::ops::AddAssign for Loss {
 /// # Errors
 /// Shapes that do not fit.
 pub fn forward_backward(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32) -> Result<(Loss, Tensor)> {
+    in_chunks(h, weight, labels, scale, Sizes::of(weight))
+}
+
+/// How much is computed at once.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    chunk_tokens: usize,
+    band_rows: usize,
+}
+
+impl Sizes {
+    fn of(weight: &Weight) -> Self {
+        Self {
+            chunk_tokens: (LOGITS_BYTES / 4 / weight.rows().max(1)).max(1),
+            band_rows: (BAND_BYTES / 4 / weight.columns().max(1)).clamp(1, weight.rows().max(1)),
+        }
+    }
+}
+
+fn in_chunks(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32, sizes: Sizes) -> Result<(Loss, Tensor)> {
     let (tokens, columns) = h.dims2()?;
     if labels.len() != tokens || weight.columns() != columns {
         bail!("cross_entropy: {tokens} tokens, {} labels, weight {:?}", labels.len(), weight.columns());
@@ -52,8 +72,8 @@ pub fn forward_backward(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32)
     let trained: Vec<usize> = (0..tokens).filter(|&token| labels[token] != IGNORE).collect();
     let mut dh = vec![0f32; tokens * columns];
     let mut total = Loss::default();
-    let chunk_tokens = (LOGITS_BYTES / 4 / weight.rows().max(1)).max(1).min(trained.len().max(1));
-    let mut buffers = Buffers::new(weight, chunk_tokens);
+    let chunk_tokens = sizes.chunk_tokens.min(trained.len().max(1));
+    let mut buffers = Buffers::new(weight, chunk_tokens, sizes.band_rows);
     for chunk in trained.chunks(chunk_tokens) {
         let rows = gather(&h, chunk, columns);
         let logits = buffers.project(&rows, chunk.len())?;
@@ -80,7 +100,7 @@ pub fn logits(h: &Tensor, weight: &Weight) -> Result<Tensor> {
     if weight.columns() != columns {
         bail!("logits: hidden size {columns}, weight {:?}", weight.columns());
     }
-    let mut buffers = Buffers::new(weight, tokens);
+    let mut buffers = Buffers::new(weight, tokens, Sizes::of(weight).band_rows);
     buffers.project(&host(h)?, tokens)?;
     tensor(buffers.logits, (tokens, weight.rows()))
 }
@@ -128,8 +148,7 @@ struct Buffers<'a> {
 }
 
 impl<'a> Buffers<'a> {
-    fn new(weight: &'a Weight, tokens: usize) -> Self {
-        let band_rows = (BAND_BYTES / 4 / weight.columns().max(1)).clamp(1, weight.rows().max(1));
+    fn new(weight: &'a Weight, tokens: usize, band_rows: usize) -> Self {
         Self {
             weight,
             band: vec![0f32; band_rows * weight.columns()],
@@ -174,5 +193,75 @@ impl<'a> Buffers<'a> {
             gemm_values(drows, (columns, 1), (1.0, dz, band, beta), true);
         })?;
         Ok(drows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+    use candle_core::{D, DType, Device};
+
+    use super::*;
+    use crate::model::weights::quantize;
+    use crate::ops::gradcheck::{assert_close, f32, randn, reference};
+
+    /// Σ of the losses of the tokens with a label.
+    fn naive(h: &Tensor, weight: &Tensor, labels: &[i32]) -> Tensor {
+        let logits = h.matmul(&weight.t().unwrap()).unwrap();
+        let max = logits.max_keepdim(D::Minus1).unwrap().detach();
+        let sum = logits.broadcast_sub(&max).unwrap().exp().unwrap().sum_keepdim(D::Minus1).unwrap();
+        let log_sum = (sum.log().unwrap() + max).unwrap();
+        let loss = |(token, &label): (usize, &i32)| {
+            let row = |x: &Tensor, column: usize| x.get(token).unwrap().get(column).unwrap();
+            (label != IGNORE).then(|| (row(&log_sum, 0) - row(&logits, label as usize)).unwrap())
+        };
+        let losses: Vec<Tensor> = labels.iter().enumerate().filter_map(loss).collect();
+        Tensor::stack(&losses, 0).unwrap().sum_all().unwrap()
+    }
+
+    #[test]
+    fn backward_is_the_gradient_of_forward_in_any_chunks_and_bands() {
+        let (tokens, vocabulary, columns) = (7, 10, 8);
+        let (h, weight) = (randn(&[tokens, columns]), randn(&[vocabulary, columns]));
+        let values: Vec<f32> = f32(&weight).flatten_all().unwrap().to_vec1().unwrap();
+        let stored = quantize(GgmlDType::F32, columns, &values).unwrap();
+        let stored = Weight::from_bytes(&stored, GgmlDType::F32, (vocabulary, columns)).unwrap();
+        let weight = f32(&weight).to_dtype(DType::F64).unwrap();
+        // Labels at both edges of bands, none at both ends of the tokens.
+        let labels = [IGNORE, 0, 3, 4, 9, IGNORE, 7];
+        let scale = Tensor::new(0.25f64, &Device::Cpu).unwrap();
+        let inputs = std::slice::from_ref(&h);
+        let expected = reference(inputs, &scale, |inputs| naive(&inputs[0], &weight, &labels));
+        let total = naive(&h, &weight, &labels).to_scalar::<f64>().unwrap();
+        for (chunk_tokens, band_rows) in [(100, 10), (2, 4), (1, 1), (3, 7)] {
+            let sizes = Sizes { chunk_tokens, band_rows };
+            let (loss, dh) = in_chunks(&f32(&h), &stored, &labels, 0.25, sizes).unwrap();
+            assert!((loss.sum - total).abs() < 1e-5 * total, "{loss:?} not {total}");
+            assert_eq!(loss.tokens, 5);
+            assert_close("dh", &dh, &expected[0], 1e-4);
+            let dh: Vec<Vec<f32>> = dh.to_vec2().unwrap();
+            assert!(dh[0].iter().chain(&dh[5]).all(|&d| d == 0.0), "a token without a label has no gradient");
+        }
+        let logits = logits(&f32(&h), &stored).unwrap();
+        assert_close("logits", &logits, &h.matmul(&weight.t().unwrap()).unwrap(), 1e-5);
+    }
+
+    #[test]
+    fn no_label_at_all_is_no_loss_and_no_gradient() {
+        let stored = Weight::from_bytes(&[0; 4 * 12], GgmlDType::F32, (3, 4)).unwrap();
+        let (loss, dh) = forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 2], 1.0).unwrap();
+        assert_eq!(loss, Loss::default());
+        assert_eq!(dh.to_vec2::<f32>().unwrap(), [[0.0; 4]; 2]);
+        assert!(forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 3], 1.0).is_err());
+        assert!(logits(&f32(&randn(&[2, 5])), &stored).is_err());
+    }
+
+    #[test]
+    fn accuracy_counts_tokens_whose_largest_logit_is_their_label() {
+        let identity: Vec<u8> = (0..9).flat_map(|i| f32::from(u8::from(i % 4 == 0)).to_le_bytes()).collect();
+        let stored = Weight::from_bytes(&identity, GgmlDType::F32, (3, 3)).unwrap();
+        let h = Tensor::new(&[[5f32, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 5.0]], &Device::Cpu).unwrap();
+        let (loss, _) = forward_backward(&h, &stored, &[0, 2, 2], 1.0).unwrap();
+        assert_eq!((loss.tokens, loss.correct), (3, 2));
     }
 }

@@ -1,6 +1,7 @@
 //! Text to tokens and back, as the model's own GGUF metadata says.
 //!
-//! Byte-level BPE (`tokenizer.ggml.model = gpt2`); agrees token for token with llama.cpp.
+//! Byte-level BPE (`tokenizer.ggml.model = gpt2`); agrees token for token with llama.cpp. `add_eos_token` is not read: what ends a
+//! training row comes from the template, and a prompt has no end.
 
 mod byte_level;
 mod pre;
@@ -11,6 +12,7 @@ mod tests;
 
 use tokenizers::models::bpe::{BPE, Vocab};
 
+use crate::files::shorten;
 use crate::gguf::GgufFile;
 use crate::{Error, Result};
 use pre::Pre;
@@ -112,9 +114,15 @@ impl Tokenizer {
     /// Builds the tokenizer of a GGUF file.
     ///
     /// # Errors
-    /// As [`Metadata::from_gguf`] and [`Tokenizer::new`].
+    /// As [`Metadata::from_gguf`] and [`Tokenizer::new`], and more tokens than the embedding table has rows.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
-        Self::new(Metadata::from_gguf(file)?)
+        let tokenizer = Self::new(Metadata::from_gguf(file)?)?;
+        let rows = file.tensor("token_embd.weight").map_or(0, |table| table.rows());
+        if tokenizer.vocab_size() > rows {
+            let message = format!("{} tokens do not fit an embedding table of {rows} rows", tokenizer.vocab_size());
+            return Err(Error::Tokenizer(message));
+        }
+        Ok(tokenizer)
     }
 
     /// Builds the tokenizer that the metadata describe.
@@ -125,7 +133,7 @@ impl Tokenizer {
         if metadata.model != "gpt2" {
             return Err(Error::Tokenizer(format!(
                 "tokenizer.ggml.model `{}` is not supported, supported: gpt2 (byte-level BPE)",
-                metadata.model
+                shorten(&metadata.model)
             )));
         }
         let pre = Pre::named(metadata.pre.as_deref())?;
@@ -305,11 +313,12 @@ fn split_merge(merge: &str, vocabulary: &Vocab) -> Result<(String, String)> {
     // The space between the two is not the first character, which may be a space itself.
     let first = merge.chars().next().map_or(0, char::len_utf8);
     let Some(space) = merge[first..].find(' ').map(|at| at + first) else {
-        return Err(Error::Tokenizer(format!("tokenizer.ggml.merges: `{merge}` is not two texts")));
+        return Err(Error::Tokenizer(format!("tokenizer.ggml.merges: `{}` is not two texts", shorten(merge))));
     };
     let (left, right) = (&merge[..space], &merge[space + 1..]);
     for text in [left, right, &format!("{left}{right}")] {
         if !vocabulary.contains_key(text) {
+            let (merge, text) = (shorten(merge), shorten(text));
             return Err(Error::Tokenizer(format!("tokenizer.ggml.merges: `{merge}` needs the token `{text}`")));
         }
     }

@@ -4,7 +4,6 @@
 //! of the random numbers and of the data cursor. Written to a new name, synced, then renamed: it is whole or absent.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::Tensor;
@@ -13,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::data::Dataset;
+use crate::files::write_atomically;
 use crate::model::Llama;
 use crate::ops::{host, tensor};
 use crate::spec::TrainSpec;
@@ -22,8 +22,8 @@ const FORMAT: u32 = 1;
 const METADATA_KEY: &str = "lorad";
 const TENSOR: &str = "state";
 
-/// Where a run stands.
-#[derive(Debug, Clone)]
+/// Where a run stands. The one that an event carries shows the live state: save it before the next step.
+#[derive(Debug)]
 pub struct Checkpoint {
     pub(super) header: Header,
     /// (3, N): parameters, first moments, second moments.
@@ -95,7 +95,7 @@ pub(super) fn run_digest(spec: &TrainSpec, model: &Llama, dataset: &Dataset) -> 
     let mut digest = Sha256::new();
     let spec = serde_json::to_vec(spec).map_err(|error| Error::Checkpoint(error.to_string()))?;
     digest.update(&spec);
-    digest.update(format!("{:?}", model.config()));
+    digest.update(model.file_sha256());
     for row in &dataset.rows {
         digest.update((row.tokens.len() as u64).to_le_bytes());
         row.tokens.iter().for_each(|token| digest.update(token.to_le_bytes()));
@@ -106,18 +106,6 @@ pub(super) fn run_digest(spec: &TrainSpec, model: &Llama, dataset: &Dataset) -> 
 
 pub(super) fn header(step: u32, trained_tokens: u64, run: &str) -> Header {
     Header { format: FORMAT, step, trained_tokens, run: run.to_owned() }
-}
-
-fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
-    file.persist(path).map_err(|error| Error::io(path)(error.error))?;
-    let folder_file = std::fs::File::open(folder).map_err(Error::io(folder))?;
-    folder_file.sync_all().map_err(Error::io(folder))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 pub use checkpoint::Checkpoint;
 pub use schedule::learning_rate;
@@ -17,6 +18,7 @@ use crate::data::{Dataset, Loader, MicroBatch};
 use crate::model::Llama;
 use crate::ops::adamw::{self, Update};
 use crate::ops::cross_entropy::Loss;
+use crate::ops::host;
 use crate::spec::{GradientCheckpointing, TrainSpec};
 use crate::{Error, Result};
 
@@ -112,6 +114,10 @@ pub fn train(
         TrainEvent::Started { total_steps, resumed_from: state.step, trainable_parameters: state.lora.layout().len() };
     let mut flow = on_event(started);
     let mut saved_at = Instant::now();
+    if flow.is_break() {
+        let checkpoint = state.checkpoint(&run)?;
+        let _ = on_event(TrainEvent::Checkpoint { checkpoint: &checkpoint, listed: false });
+    }
     while state.step < total_steps && flow.is_continue() {
         let metrics = state.train_step(spec, model, dataset, &mut loader)?;
         flow = on_event(TrainEvent::Step(metrics));
@@ -207,7 +213,12 @@ impl State {
         })
     }
 
+    /// The state as it is now. One with a value that is no number is never handed out: what is saved can go on.
     fn checkpoint(&self, run: &str) -> Result<Checkpoint> {
+        if host(&self.values)?.par_chunks(1 << 16).any(|values| values.iter().any(|value| !value.is_finite())) {
+            let message = "a parameter is no longer a number; a lower learning_rate may help".to_owned();
+            return Err(Error::Training { step: self.step, message });
+        }
         let header = checkpoint::header(self.step, self.trained_tokens, run);
         Ok(Checkpoint { header, state: self.values.clone() })
     }
