@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::SystemTime;
 
 use hf_hub::{HFClientBuilder, HFClientSync, HFError};
+use reqwest::StatusCode;
 use sha2::{Digest, Sha256};
 
 use crate::config::Config;
@@ -58,6 +59,16 @@ pub enum Error {
         /// What the operating system said.
         source: std::io::Error,
     },
+}
+
+impl Error {
+    /// Whether the same request may succeed later: a network or a hub that fails now, not one that says no.
+    pub fn may_pass(&self) -> bool {
+        let Self::Download { source, .. } = self else { return false };
+        let HFError::Http { context } = source.as_ref() else { return true };
+        let status = context.status;
+        !status.is_client_error() || [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_MANY_REQUESTS].contains(&status)
+    }
 }
 
 /// A model of the catalogue: a short name for one file of one revision of a repository.

@@ -1,18 +1,39 @@
 //! Which errors fail a job for good, and what the job's owner is told; every other error ends only the attempt.
 
+use std::path::PathBuf;
+
 use crate::hub;
 use crate::types::event::{EventType, Level};
 use crate::types::worker_protocol::{Finish, WorkerEvent};
 use lorad_engine::data::Report;
 
+/// Paths of this machine that an error may name and the job's owner must not see.
+pub(super) struct Ours {
+    /// The base model's file.
+    pub(super) base: PathBuf,
+    /// What the owner calls it.
+    pub(super) base_name: String,
+    /// Folder of this attempt's files.
+    pub(super) scratch: PathBuf,
+}
+
+impl Ours {
+    /// The message for the owner: the model goes by the name that the request gave it, a file of ours by its own.
+    fn hide(&self, message: &str) -> String {
+        let base = self.base.display().to_string();
+        let scratch = format!("{}/", self.scratch.display());
+        message.replace(&base, &self.base_name).replace(&scratch, "")
+    }
+}
+
 /// The engine's error as the end of the job, if trying again could not help.
 ///
 /// # Errors
 /// The error itself, where another attempt may fare better (a full disk, a damaged download).
-pub(super) fn of_engine(error: lorad_engine::Error) -> anyhow::Result<Finish> {
+pub(super) fn of_engine(error: lorad_engine::Error, ours: &Ours) -> anyhow::Result<Finish> {
     use lorad_engine::Error;
     use lorad_engine::data::DatasetError;
-    let message = error.to_string();
+    let message = ours.hide(&error.to_string());
     match error {
         Error::Dataset(DatasetError::Io { .. }) | Error::Io { .. } | Error::Tensor(_) | Error::Checkpoint(_) => {
             Err(error.into())
@@ -23,6 +44,7 @@ pub(super) fn of_engine(error: lorad_engine::Error) -> anyhow::Result<Finish> {
             Ok(Finish::Failed { code: error.code().to_owned(), message, param, events })
         }
         Error::Model(_) | Error::UnsupportedArchitecture(_) | Error::Tokenizer(_) | Error::Template(_) => {
+            tracing::info!(base = %ours.base.display(), "this base model cannot be used");
             Ok(failed("invalid_model", message, Some("model")))
         }
         Error::Spec(error) => Ok(failed("invalid_hyperparameters", message, Some(error.field))),

@@ -4,7 +4,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use lorad_engine::data;
@@ -15,12 +15,20 @@ use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
 use tokio::sync::{mpsc, oneshot};
 
 use super::client::{Client, Error};
+use super::failure::{self, Ours};
 use super::report::{self, Report};
-use super::{Progress, artifacts, failure};
-use crate::hub::Hub;
+use super::{Progress, artifacts};
+use crate::hub::{self, BaseModel, Hub};
 use crate::types::attempt::TaskKind;
 use crate::types::metric::Metric;
 use crate::types::worker_protocol::{CHECKPOINT_PATH, Finish, TRAINING_FILE_PATH, Task};
+
+/// How long a download that fails is tried again before the job fails.
+const DOWNLOAD_PATIENCE: Duration = Duration::from_secs(180);
+/// Wait before the first time that it is tried again; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// Longest wait before it is tried again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Does the task and returns what to say at its end.
 pub(super) async fn perform(
@@ -30,10 +38,7 @@ pub(super) async fn perform(
     scratch: &Path,
     progress: Progress,
 ) -> Result<Finish, Error> {
-    let name = task.base_model.name.clone();
-    let base =
-        tokio::task::spawn_blocking(move || hub.fetch(&name)).await.context("finding the base model panicked")?;
-    let base = match base {
+    let base = match fetch_base(hub, &task.base_model.name, FIRST_PAUSE, &progress).await? {
         Ok(base) => base.path,
         Err(error) => return Ok(failure::of_hub(error)?),
     };
@@ -48,6 +53,29 @@ pub(super) async fn perform(
     }
 }
 
+/// Finds the base model, and tries again for a while where a download failed for reasons that may pass.
+async fn fetch_base(
+    hub: Hub,
+    name: &str,
+    first_pause: Duration,
+    progress: &Progress,
+) -> anyhow::Result<Result<BaseModel, hub::Error>> {
+    let begin = Instant::now();
+    let mut pause = first_pause;
+    loop {
+        let (hub, wanted) = (hub.clone(), name.to_owned());
+        let found = tokio::task::spawn_blocking(move || hub.fetch(&wanted));
+        let error = match found.await.context("finding the base model panicked")? {
+            Err(error) if error.may_pass() && begin.elapsed() + pause < DOWNLOAD_PATIENCE => error,
+            found => return Ok(found),
+        };
+        tracing::warn!(error = &error as &dyn std::error::Error, "trying again in {pause:?}");
+        progress.made();
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
 /// What the engine's thread works on.
 struct Inputs {
     base: PathBuf,
@@ -57,6 +85,11 @@ struct Inputs {
 }
 
 impl Inputs {
+    fn ours(&self) -> Ours {
+        let (base, scratch) = (self.base.clone(), self.scratch.clone());
+        Ours { base, base_name: self.task.base_model.name.clone(), scratch }
+    }
+
     fn load_model(&self, progress: &Progress) -> lorad_engine::Result<(GgufFile, Llama, Tokenizer)> {
         let base = GgufFile::open(&self.base)?;
         let llama = Llama::load(&base)?;
@@ -67,13 +100,14 @@ impl Inputs {
 }
 
 async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
+    let ours = inputs.ours();
     let report = on_engine_thread(move || {
         let (_, llama, tokenizer) = inputs.load_model(&progress)?;
         data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, llama.config().context_length)
     });
     Ok(match report.await? {
         Ok(report) => Finish::Succeeded { trained_tokens: None, events: failure::findings(&report) },
-        Err(error) => failure::of_engine(error)?,
+        Err(error) => failure::of_engine(error, &ours)?,
     })
 }
 
@@ -86,13 +120,14 @@ async fn train(client: &Client, inputs: Inputs, progress: Progress) -> Result<Fi
             Some(path)
         }
     };
+    let ours = inputs.ours();
     let (outbox, inbox) = mpsc::channel(report::CAPACITY);
     let engine =
         async { Ok(on_engine_thread(move || train_and_export(&inputs, checkpoint, &outbox, &progress)).await?) };
     let (trained, ()) = tokio::try_join!(engine, report::forward(client.clone(), inbox))?;
     Ok(match trained {
         Ok(trained_tokens) => Finish::Succeeded { trained_tokens: Some(trained_tokens), events: Vec::new() },
-        Err(error) => failure::of_engine(error)?,
+        Err(error) => failure::of_engine(error, &ours)?,
     })
 }
 
@@ -177,4 +212,52 @@ async fn on_engine_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + '
     };
     std::thread::Builder::new().name("engine".to_owned()).spawn(run).context("cannot start the engine's thread")?;
     receiver.await.context("the engine panicked")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use axum::http::StatusCode;
+    use axum::routing::any;
+
+    use super::*;
+
+    /// A hub that first answers with `failure` that many times and then has a file; and the requests that came.
+    async fn fetch_from(failure: StatusCode, times: u32) -> (Result<BaseModel, hub::Error>, u32) {
+        let requests = Arc::new(AtomicU32::new(0));
+        let counter = Arc::clone(&requests);
+        let answer = async move || {
+            let headers = [("x-repo-commit", "0123456789012345678901234567890123456789"), ("etag", "\"aaaa\"")];
+            let fails = counter.fetch_add(1, Ordering::Relaxed) < times;
+            (if fails { failure } else { StatusCode::OK }, headers, "GGUF")
+        };
+        let routes = axum::Router::new().route("/org/repo/resolve/main/model.gguf", any(answer));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let endpoint = Some(format!("http://{}", listener.local_addr().expect("a bound socket")));
+        let _server = tokio::spawn(async { axum::serve(listener, routes).await });
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (models_dir, cache_dir) = (folder.path().join("models"), folder.path().join("cache"));
+        let hub = Hub::new(hub::Options { models_dir, cache_dir, endpoint, offline: false });
+        let pause = Duration::from_millis(1);
+        let fetched = fetch_base(hub, "hf:org/repo/model.gguf", pause, &Progress::default()).await;
+        (fetched.expect("no panic"), requests.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_download_that_fails_is_tried_again_unless_the_hub_said_no() {
+        // A status that the hub's client itself does not try again.
+        let (found, requests) = fetch_from(StatusCode::INSUFFICIENT_STORAGE, 3).await;
+        assert_eq!(found.expect("it passes").size_bytes, 4);
+        assert!(requests > 3, "{requests}");
+        for (status, may_be_missing) in
+            [(StatusCode::NOT_FOUND, true), (StatusCode::UNAUTHORIZED, true), (StatusCode::GONE, false)]
+        {
+            let (refused, requests) = fetch_from(status, u32::MAX).await;
+            let error = refused.expect_err("refused");
+            assert_eq!(matches!(error, hub::Error::NotFound { .. }), may_be_missing, "{status}: {error}");
+            assert!(requests <= 2, "{status}: {requests} requests");
+        }
+    }
 }
