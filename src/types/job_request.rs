@@ -117,7 +117,7 @@ pub struct LoraFields {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingFields {
-    /// `auto` or `f32`.
+    /// `auto` or `f32`; auto is f32.
     pub compute: Option<String>,
     /// Optimizer steps, instead of epochs.
     pub max_steps: Option<u32>,
@@ -231,7 +231,7 @@ impl From<&TrainSpec> for TrainingFields {
     fn from(spec: &TrainSpec) -> Self {
         let training = &spec.training;
         Self {
-            compute: Some("auto".into()),
+            compute: Some("f32".into()),
             max_steps: training.max_steps,
             micro_batch_size: Some(training.micro_batch_size),
             gradient_accumulation_steps: Some(training.batch_size.div_ceil(training.micro_batch_size)),

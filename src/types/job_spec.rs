@@ -120,12 +120,6 @@ fn name_or(parent: &str, name: &str) -> String {
 
 /// Fields that OpenAI or lorad defines and this version cannot honour yet: silence would train another model than was asked for.
 fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
-    let unsupported = |field: &str, given: bool, value: &dyn std::fmt::Debug, only: &str| {
-        if given {
-            return Err(Invalid::new(field, format!("{field} `{value:?}` is not supported yet, it must be {only}")));
-        }
-        Ok(())
-    };
     let MethodRequest { kind, dpo, reinforcement, .. } = &request.method.clone().unwrap_or_else(default_method);
     unsupported("method.type", kind != "supervised", kind, "supervised")?;
     unsupported("method.dpo", dpo.is_some(), dpo, "null")?;
@@ -151,6 +145,15 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
         unsupported("training.eval_steps", training.eval_steps.is_some(), &training.eval_steps, "null")?;
         let early_stopping = &training.early_stopping;
         unsupported("training.early_stopping", early_stopping.is_some(), early_stopping, "null")?;
+    }
+    Ok(())
+}
+
+/// Refuses a field that was `given` a value which this version has no use for.
+fn unsupported(field: &str, given: bool, value: &impl Serialize, only: &str) -> Result<(), Invalid> {
+    if given {
+        let value = serde_json::to_value(value).unwrap_or_default();
+        return Err(Invalid::new(field, format!("{field} `{value}` is not supported yet, it must be {only}")));
     }
     Ok(())
 }
@@ -355,6 +358,8 @@ mod tests {
             assert_eq!(param.as_deref(), Some(field), "{shown}: {message}");
             let last = field.rsplit('.').next().unwrap_or(field);
             assert!(message.contains(last), "{shown}: {message}");
+            let of_rust = ["Some(", "Number(", "Object ", "String("];
+            assert!(!of_rust.iter().any(|word| message.contains(word)), "no JSON: {message}");
         }
     }
 
