@@ -12,7 +12,7 @@ use super::download::{Download, serve};
 use super::error::{ApiError, ErrorBody, Result};
 use super::fine_tuning_jobs::find as find_job;
 use super::list::List;
-use super::request::Params;
+use super::request::NoParams;
 use crate::store;
 use crate::types::DEFAULT_OWNER;
 use crate::types::artifact::{Artifact, ArtifactType, Quantization};
@@ -73,10 +73,9 @@ async fn find(app: &App, id: &str) -> Result<Artifact> {
 pub(super) async fn list(
     State(app): State<App>,
     Path(id): Path<String>,
-    params: Params,
+    _: NoParams,
 ) -> Result<Json<List<ArtifactView>>> {
     let job = find_job(&app, &id).await?;
-    params.finish()?;
     let mut conn = app.jobs.store.read().await?;
     let artifacts = store::artifact::list(&mut conn, job.id).await?;
     let artifacts = artifacts.into_iter().map(ArtifactView::from).collect();
@@ -87,7 +86,11 @@ pub(super) async fn list(
 #[utoipa::path(get, path = "/v1/artifacts/{artifact_id}", operation_id = "retrieveArtifact", tag = "Artifacts",
     params(("artifact_id" = String, Path, description = "Id of the artifact")),
     responses((status = 200, description = "Done", body = ArtifactView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<ArtifactView>> {
+pub(super) async fn retrieve(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<ArtifactView>> {
     Ok(Json(find(&app, &id).await?.into()))
 }
 
@@ -103,7 +106,12 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> 
         (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),
         (status = 304, description = "The client has these bytes"),
         (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn content(State(app): State<App>, Path(id): Path<String>, headers: HeaderMap) -> Result<Response> {
+pub(super) async fn content(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    _: NoParams,
+    headers: HeaderMap,
+) -> Result<Response> {
     let artifact = find(&app, &id).await?;
     let download = Download {
         object_key: &artifact.object_key,

@@ -12,7 +12,7 @@ use super::App;
 use super::download::{Download, serve};
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
-use super::request::Params;
+use super::request::{NoParams, Params};
 use crate::storage::{Stored, file_key};
 use crate::types::file::{File, FileStatus, Purpose};
 use crate::types::ids::FileId;
@@ -112,7 +112,7 @@ struct Form {
 #[utoipa::path(post, path = "/v1/files", operation_id = "createFile", tag = "Files",
     request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, description = "Done", body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn upload(State(app): State<App>, multipart: Multipart) -> Result<Json<FileView>> {
+pub(super) async fn upload(State(app): State<App>, _: NoParams, multipart: Multipart) -> Result<Json<FileView>> {
     let mut form = Form::default();
     let file = match read_form(&app, multipart, &mut form).await {
         Ok(()) => form_to_file(&form),
@@ -266,7 +266,7 @@ async fn find(app: &App, id: &str) -> Result<File> {
 #[utoipa::path(get, path = "/v1/files/{file_id}", operation_id = "retrieveFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
     responses((status = 200, description = "Done", body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<FileView>> {
+pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<FileView>> {
     Ok(Json(find(&app, &id).await?.into()))
 }
 
@@ -276,7 +276,7 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> 
 #[utoipa::path(delete, path = "/v1/files/{file_id}", operation_id = "deleteFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
     responses((status = 200, description = "Done", body = DeletedFile), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>) -> Result<Json<DeletedFile>> {
+pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<DeletedFile>> {
     let file_id: FileId = id.parse().map_err(|_| ApiError::no_such_file(&id))?;
     jobs::delete_file::delete_file(&app.jobs, DEFAULT_OWNER, file_id).await?;
     Ok(Json(DeletedFile { id, object: "file", deleted: true }))
@@ -288,7 +288,12 @@ pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>) -> Re
     responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
         (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),
         (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn content(State(app): State<App>, Path(id): Path<String>, headers: HeaderMap) -> Result<Response> {
+pub(super) async fn content(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    _: NoParams,
+    headers: HeaderMap,
+) -> Result<Response> {
     let file = find(&app, &id).await?;
     let download = Download {
         object_key: &file.object_key,

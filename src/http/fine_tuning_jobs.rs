@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::App;
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
-use super::request::{JsonBytes, Params};
+use super::request::{JsonBytes, NoParams, Params};
 use crate::store::job::Request;
 use crate::types::artifact::ArtifactRequest;
 use crate::types::ids::JobId;
@@ -140,7 +140,12 @@ pub(super) async fn find(app: &App, id: &str) -> Result<Job> {
     params(("Idempotency-Key" = Option<String>, Header,
         description = "1 to 255 characters: the same key and body give the same job; the same key with another body is refused")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn create(State(app): State<App>, headers: HeaderMap, body: JsonBytes) -> Result<Json<JobView>> {
+pub(super) async fn create(
+    State(app): State<App>,
+    _: NoParams,
+    headers: HeaderMap,
+    body: JsonBytes,
+) -> Result<Json<JobView>> {
     let spec = JobSpec::parse(&body.0)?;
     let text = String::from_utf8_lossy(&body.0);
     let request = Request { body: &text, idempotency_key: idempotency_key(&headers)? };
@@ -160,8 +165,8 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs", operation_id = "listFineTuningJobs", tag = "Fine-tuning",
     params(("after" = Option<String>, Query, description = "Id of the last job of the page before"),
         ("limit" = Option<i64>, Query, description = "1 to 1000, default 20"),
-        ("metadata" = Option<String>, Query,
-            description = "`metadata[key]=value`: only jobs with this label; `metadata=null`: only jobs without labels")),
+        ("metadata" = Option<BTreeMap<String, String>>, Query, style = DeepObject, explode,
+            description = "`metadata[key]=value`: only jobs with this label; the literal `metadata=null`: only jobs without labels")),
     responses((status = 200, description = "Done", body = List<JobView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<Json<List<JobView>>> {
     let limit = params.limit(20, 1000)?;
@@ -187,7 +192,7 @@ pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<J
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}", operation_id = "retrieveFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> Result<Json<JobView>> {
+pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
     Ok(Json(find(&app, &id).await?.into()))
 }
 
@@ -197,7 +202,7 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>) -> 
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", operation_id = "cancelFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>) -> Result<Json<JobView>> {
+pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
     let job = jobs::cancel::cancel(&app.jobs, DEFAULT_OWNER, job_id).await?;
     Ok(Json(job.into()))

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use super::App;
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
+use super::request::NoParams;
 use crate::types::{DEFAULT_OWNER, ORGANIZATION};
 use crate::{jobs, store};
 
@@ -40,7 +41,7 @@ async fn all(app: &App) -> Result<Vec<ModelView>> {
 /// List models, all in one page.
 #[utoipa::path(get, path = "/v1/models", operation_id = "listModels", tag = "Models",
     responses((status = 200, description = "Done", body = List<ModelView>), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn list(State(app): State<App>) -> Result<Json<List<ModelView>>> {
+pub(super) async fn list(State(app): State<App>, _: NoParams) -> Result<Json<List<ModelView>>> {
     Ok(Json(List::all(all(&app).await?, |model: &ModelView| model.id.clone())))
 }
 
@@ -48,7 +49,7 @@ pub(super) async fn list(State(app): State<App>) -> Result<Json<List<ModelView>>
 #[utoipa::path(get, path = "/v1/models/{model}", operation_id = "retrieveModel", tag = "Models",
     params(("model" = String, Path, description = "Its name, `/` as `%2F`")),
     responses((status = 200, description = "Done", body = ModelView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(name): Path<String>) -> Result<Json<ModelView>> {
+pub(super) async fn retrieve(State(app): State<App>, Path(name): Path<String>, _: NoParams) -> Result<Json<ModelView>> {
     let model = all(&app).await?.into_iter().find(|model| model.id == name);
     model.map(Json).ok_or_else(|| ApiError::no_such_model(&name))
 }

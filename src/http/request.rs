@@ -78,6 +78,19 @@ impl Params {
     }
 }
 
+/// For a route that has no query parameters: refuses the first one.
+#[derive(Debug)]
+pub(super) struct NoParams;
+
+impl<S: Send + Sync> FromRequestParts<S> for NoParams {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self> {
+        Params::from_request_parts(parts, state).await?.finish()?;
+        Ok(Self)
+    }
+}
+
 /// The bytes of a body that says that it is JSON, up to [`MAX_JSON_BYTES`].
 #[derive(Debug)]
 pub(super) struct JsonBytes(pub(super) Bytes);

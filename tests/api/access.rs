@@ -33,6 +33,33 @@ async fn with_a_key_only_its_bearer_may_call() {
 }
 
 #[tokio::test]
+async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
+    let app = TestApp::start().await;
+    let (get, post) = (Method::GET, Method::POST);
+    let job = "/v1/fine_tuning/jobs/ftjob-1";
+    for (method, path) in [
+        (&get, "/v1/models".to_owned()),
+        (&get, "/v1/models/tiny".to_owned()),
+        (&get, "/v1/files".to_owned()),
+        (&post, "/v1/files".to_owned()),
+        (&get, "/v1/files/file-1".to_owned()),
+        (&Method::DELETE, "/v1/files/file-1".to_owned()),
+        (&get, "/v1/files/file-1/content".to_owned()),
+        (&get, "/v1/fine_tuning/jobs".to_owned()),
+        (&post, "/v1/fine_tuning/jobs".to_owned()),
+        (&get, job.to_owned()),
+        (&post, format!("{job}/cancel")),
+        (&get, format!("{job}/artifacts")),
+        (&get, "/v1/artifacts/artifact-1".to_owned()),
+        (&get, "/v1/artifacts/artifact-1/content".to_owned()),
+    ] {
+        let answer = app.request(method.clone(), &format!("{path}?colour=red")).send().await.expect("an answer");
+        let error = error(answer, StatusCode::BAD_REQUEST).await;
+        assert_eq!(error["param"], "colour", "{method} {path}: {error}");
+    }
+}
+
+#[tokio::test]
 async fn pages_of_other_sites_are_refused() {
     let app = TestApp::start_with(|config| config.auth.bootstrap_key = Some("sk-secret".into())).await;
     let ask = |name: &str, value: &str| {

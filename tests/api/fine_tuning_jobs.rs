@@ -22,7 +22,7 @@ async fn a_job_goes_from_validation_to_success() {
         assert_eq!(job[null], Value::Null, "{null}");
     }
     assert_eq!((&job["result_files"], &job["integrations"]), (&json!([]), &json!([])));
-    assert_eq!(job["lora"]["r"], 16);
+    assert_eq!((&job["lora"]["r"], &job["training"]["compute"]), (&json!(16), &json!("f32")));
 
     app.validate().await;
     let job = app.get_json(&path).await;
