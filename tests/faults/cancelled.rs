@@ -11,7 +11,7 @@ async fn a_cancelled_job_frees_its_device() {
     let home = Home::start(&[]).await;
     let file = home.upload(rows(40)).await;
     let long = home.create(&file, json!({"training": {"max_steps": 100_000, "save_steps": 100_000}})).await;
-    home.trained_a_step(&long).await;
+    assert!(home.trained_a_step(&long).await, "it is long");
     let next = home.create(&file, json!({"training": {"max_steps": 3}})).await;
 
     let worker = home.workers().pop().expect("a worker");
@@ -19,7 +19,8 @@ async fn a_cancelled_job_frees_its_device() {
     let (status, job) = home.post(&format!("/fine_tuning/jobs/{long}/cancel"), &json!({})).await;
     assert_eq!((status, &job["status"]), (200, &json!("cancelled")), "{job}");
     poll("the end of the process", || home.workers().iter().all(|other| other.pid != worker.pid).then_some(())).await;
-    assert!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
+    // Much less than the lease: it was stopped, not given up.
+    assert!(begin.elapsed() < Duration::from_secs(15), "it took {:?}", begin.elapsed());
 
     assert_eq!(home.finished(&next).await["status"], "succeeded");
     assert_eq!(home.job(&long).await["status"], "cancelled");

@@ -15,8 +15,10 @@ use tempfile::TempDir;
 
 /// Longest time that anything may take here.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Seconds of a worker's lease.
-pub(crate) const LEASE_SECONDS: u64 = 4;
+/// Seconds of a worker's lease: so long that none is over before its time on a busy machine. One that must be is shorter.
+const LEASE_SECONDS: &str = "20";
+/// The setting of the lease.
+pub(crate) const LEASE: &str = "LORAD__WORKERS__LEASE_SECONDS";
 
 /// A data folder and a models folder, and the server that runs on them.
 pub(crate) struct Home {
@@ -67,19 +69,24 @@ impl Home {
         fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
     }
 
+    /// The server's command, out of reach of the environment and the files of whoever runs the tests.
+    fn serve(&self, data: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command.args(["serve", "--data-dir"]).arg(data).current_dir(self.folder.path()).env_clear();
+        command.env("HOME", self.folder.path()).env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command
+    }
+
     /// Starts the server (again) and waits until it answers.
     pub(crate) async fn start_server(&mut self) {
         let log = self.folder.path().join("server.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(log).expect("a log");
         let before = self.log().len();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        let mut command = self.serve(&self.data());
         command
-            .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
-            .arg(self.data())
-            .arg("--models-dir")
+            .args(["--listen", "127.0.0.1:0", "--models-dir"])
             .arg(self.folder.path().join("models"))
-            .current_dir(self.folder.path())
-            .env("LORAD__WORKERS__LEASE_SECONDS", LEASE_SECONDS.to_string())
+            .env(LEASE, LEASE_SECONDS)
             .env("LORAD__MODELS__CACHE_DIR", self.folder.path().join("cache"))
             .env("HF_HUB_OFFLINE", "1")
             .env("NO_COLOR", "1")
@@ -99,8 +106,7 @@ impl Home {
 
     /// Runs another server, on that data folder of this home, which must end by itself.
     pub(crate) fn run_server(&self, data: &str, variables: &[(&str, &str)]) -> (ExitStatus, String) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
-        command.arg("serve").arg("--data-dir").arg(self.folder.path().join(data)).current_dir(self.folder.path());
+        let mut command = self.serve(&self.folder.path().join(data));
         if variables.iter().all(|(name, _)| *name != "LORAD__SERVER__LISTEN") {
             command.args(["--listen", "127.0.0.1:0"]);
         }
@@ -200,7 +206,7 @@ impl Home {
         let begin = Instant::now();
         loop {
             let job = self.job(id).await;
-            if matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled")) {
+            if is_final(&job) {
                 return job;
             }
             assert!(begin.elapsed() < PATIENCE, "the job does not end: {job}");
@@ -211,6 +217,7 @@ impl Home {
     /// The job's story, oldest first, with its own ids taken out so that two jobs can be compared.
     pub(crate) async fn story(&self, id: &str) -> Vec<String> {
         let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=1000")).await;
+        self.assert_no_path_of_ours(&events.to_string());
         let model = self.job(id).await["fine_tuned_model"].as_str().unwrap_or("no model").to_owned();
         let mut story: Vec<String> = events["data"]
             .as_array()
@@ -238,17 +245,25 @@ impl Home {
         hashes
     }
 
-    /// Waits for a step to be reported.
-    pub(crate) async fn trained_a_step(&self, id: &str) {
+    /// Waits for a step to be reported; `false`: the job has come to its end by now.
+    pub(crate) async fn trained_a_step(&self, id: &str) -> bool {
         let begin = Instant::now();
         loop {
-            let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=1")).await;
-            if events["data"][0]["type"] == "metrics" {
-                return;
+            let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=100")).await;
+            let trained = events["data"].as_array().expect("a list").iter().any(|event| event["type"] == "metrics");
+            let job = self.job(id).await;
+            if is_final(&job) || trained {
+                return !is_final(&job);
             }
             assert!(begin.elapsed() < PATIENCE, "no step is reported: {events}");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+    }
+
+    /// The text, which must not name a folder of this home.
+    pub(crate) fn assert_no_path_of_ours(&self, text: &str) {
+        let folder = self.folder.path().to_str().expect("a folder with a name in UTF-8");
+        assert!(!text.contains(folder), "a path of the server's: {text}");
     }
 }
 
@@ -259,9 +274,9 @@ impl Worker {
         let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
     }
 
-    /// Holds it where it is, so that nothing is heard of it.
-    pub(crate) fn freeze(&self) {
-        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).expect("a process of ours");
+    /// Holds it where it is, so that nothing is heard of it; `false`: it has ended already.
+    pub(crate) fn freeze(&self) -> bool {
+        kill(Pid::from_raw(self.pid), Signal::SIGSTOP).is_ok()
     }
 
     /// Whether a file or folder whose name begins so is in its scratch folder.
@@ -269,6 +284,10 @@ impl Worker {
         let Ok(files) = fs::read_dir(&self.scratch) else { return false };
         files.flatten().any(|file| file.file_name().to_string_lossy().starts_with(prefix))
     }
+}
+
+fn is_final(job: &Value) -> bool {
+    matches!(job["status"].as_str(), Some("succeeded" | "failed" | "cancelled"))
 }
 
 /// Asks again and again until there is an answer.
