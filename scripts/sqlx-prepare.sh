@@ -7,6 +7,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 - "$work/schema.db" migrations/*.sql <<'PYTHON'
 import sqlite3, sys
+if sqlite3.sqlite_version_info < (3, 37):
+    sys.exit(f"sqlx-prepare: python3 has SQLite {sqlite3.sqlite_version}, the migrations' strict tables need 3.37 or newer")
 database = sqlite3.connect(sys.argv[1])
 for migration in sys.argv[2:]:
     database.executescript(open(migration, encoding="utf-8").read())

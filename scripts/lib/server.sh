@@ -56,12 +56,13 @@ clean_up() {
 start_server() {
     work=$(mktemp -d "${TMPDIR:-/tmp}/lorad-XXXXXX")
     local port name
-    # The defaults must hold, whatever this machine's own server is told.
+    # The defaults must hold, whatever this machine's own server is told by its environment and lorad.toml.
+    : >"$work/lorad.toml"
     for name in "${!LORAD__@}"; do unset "$name"; done
     port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     # A process group of its own: Ctrl-C reaches this script, which then stops the server in order.
     set -m
-    "$lorad" serve --data-dir "$work/data" --listen "127.0.0.1:$port" >"$work/server.log" 2>&1 </dev/null &
+    "$lorad" serve --config "$work/lorad.toml" --data-dir "$work/data" --listen "127.0.0.1:$port" >"$work/server.log" 2>&1 </dev/null &
     server_pid=$!
     set +m
     url="http://127.0.0.1:$port"
