@@ -4,8 +4,9 @@
 //! is no half-written object to be seen, and none is ever overwritten.
 
 use std::error::Error as StdError;
+use std::io::ErrorKind;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -18,6 +19,8 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
+
+use crate::types::ids::{ArtifactId, CheckpointId, FileId, JobId};
 
 /// Bytes of one part of an upload; a smaller object is written in one go.
 const PART_BYTES: usize = 8 << 20;
@@ -51,6 +54,9 @@ pub enum Error {
     /// The backend failed.
     #[error("object storage failed: {0}")]
     Backend(#[source] object_store::Error),
+    /// What a killed server left half-written cannot be looked for.
+    #[error("storage.url: half-written objects cannot be removed: {0}")]
+    HalfWritten(#[source] std::io::Error),
 }
 
 /// What was written.
@@ -69,6 +75,8 @@ pub type Body = BoxStream<'static, Result<Bytes, Error>>;
 #[derive(Debug, Clone)]
 pub struct Storage {
     backend: Arc<dyn ObjectStore>,
+    /// The folder of the `file:` backend.
+    folder: Option<PathBuf>,
 }
 
 /// The folders that all keys are in.
@@ -89,6 +97,19 @@ pub fn artifact_key(job_id: &str, artifact_id: &str) -> String {
     format!("jobs/{job_id}/artifacts/{artifact_id}")
 }
 
+/// Whether a key is one that the functions above make; every other object of the storage is somebody else's.
+pub fn is_key(key: &str) -> bool {
+    let parts: Vec<&str> = key.split('/').collect();
+    match parts[..] {
+        ["files", file] => file.parse::<FileId>().is_ok(),
+        ["jobs", job, "checkpoints", checkpoint] => {
+            job.parse::<JobId>().is_ok() && checkpoint.parse::<CheckpointId>().is_ok()
+        }
+        ["jobs", job, "artifacts", artifact] => job.parse::<JobId>().is_ok() && artifact.parse::<ArtifactId>().is_ok(),
+        _ => false,
+    }
+}
+
 impl Storage {
     /// Opens the backend that `url` names, and makes its folder where it has one.
     ///
@@ -96,7 +117,7 @@ impl Storage {
     /// A URL of no known kind, a folder that cannot be made.
     pub fn open(url: &str) -> Result<Self, Error> {
         if url == "memory:" {
-            return Ok(Self { backend: Arc::new(InMemory::new()) });
+            return Ok(Self { backend: Arc::new(InMemory::new()), folder: None });
         }
         let path = match url.strip_prefix("file:") {
             Some("") | None => return Err(Error::Url(url.to_owned())),
@@ -108,7 +129,7 @@ impl Storage {
             .map_err(Error::Backend)?
             .with_fsync(true)
             .with_automatic_cleanup(true);
-        Ok(Self { backend: Arc::new(backend) })
+        Ok(Self { backend: Arc::new(backend), folder: Some(path) })
     }
 
     /// Streams `body` into a new object; what was written when it fails is removed.
@@ -204,6 +225,17 @@ impl Storage {
         Ok(keys)
     }
 
+    /// Removes what uploads left half-written when the server was killed, and counts it. For the start: it would take away
+    /// an upload that is under way.
+    ///
+    /// # Errors
+    /// A folder that cannot be read, a file that cannot be removed.
+    pub async fn remove_half_written(&self) -> Result<usize, Error> {
+        let Some(folder) = self.folder.clone() else { return Ok(0) };
+        let removed = tokio::task::spawn_blocking(move || remove_half_written(&folder)).await;
+        removed.map_err(std::io::Error::other).flatten().map_err(Error::HalfWritten)
+    }
+
     async fn open_object(&self, key: &str, range: Option<GetRange>) -> Result<Body, Error> {
         let options = GetOptions { range, ..GetOptions::default() };
         let object = self.backend.get_opts(&Path::from(key), options).await.map_err(|error| match error {
@@ -211,6 +243,37 @@ impl Storage {
             error => Error::Backend(error),
         })?;
         Ok(object.into_stream().map_err(Error::Backend).boxed())
+    }
+}
+
+/// The `file:` backend writes an object as `KEY#NUMBER` beside its later place, and hides such names when it lists.
+fn remove_half_written(folder: &FilePath) -> std::io::Result<usize> {
+    let mut folders = vec!["files".to_owned()];
+    for job in names(&folder.join("jobs"))?.iter().filter(|name| name.parse::<JobId>().is_ok()) {
+        folders.extend([format!("jobs/{job}/checkpoints"), format!("jobs/{job}/artifacts")]);
+    }
+    let mut count = 0;
+    for parent in folders {
+        for name in names(&folder.join(&parent))? {
+            let Some((object, number)) = name.split_once('#') else { continue };
+            let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+            if is_number && is_key(&format!("{parent}/{object}")) {
+                std::fs::remove_file(folder.join(&parent).join(&name))?;
+                count += 1;
+            }
+        }
+    }
+    Ok(count)
+}
+
+/// The names in a folder; one that is not there has none, and names that are not UTF-8 are not ours.
+fn names(folder: &FilePath) -> std::io::Result<Vec<String>> {
+    match std::fs::read_dir(folder) {
+        Ok(items) => {
+            items.filter_map(|item| item.map(|item| item.file_name().into_string().ok()).transpose()).collect()
+        }
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) => Err(error),
     }
 }
 
@@ -278,6 +341,34 @@ mod tests {
                 let left = storage.keys_older_than("files", std::time::Duration::ZERO).await.expect("a list");
                 assert_eq!(left, Vec::<String>::new());
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn half_written_objects_are_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let [storage, _] = backends(folder.path());
+        let root = folder.path().join("deep/objects");
+        let (file, job) = (FileId::new(), JobId::new());
+        let whole = [file_key(&file.to_string()), checkpoint_key(&job.to_string(), &CheckpointId::new().to_string())];
+        for key in &whole {
+            storage.put_bytes(key, Bytes::from("whole")).await.expect("a put");
+            std::fs::write(root.join(format!("{key}#12")), "half").expect("a file");
+        }
+        // An upload that ends with the process, as the backend itself leaves it.
+        let artifact = artifact_key(&job.to_string(), &ArtifactId::new().to_string());
+        let mut upload = storage.backend.put_multipart(&Path::from(artifact)).await.expect("an upload");
+        upload.put_part(Bytes::from("half").into()).await.expect("a part");
+        std::mem::forget(upload);
+        let foreign = [format!("files/{file}#"), format!("files/{file}#1x"), "files/notes#1".into(), "jobs/a#1".into()];
+        for path in &foreign {
+            std::fs::write(root.join(path), "foreign").expect("a file");
+        }
+
+        assert_eq!(storage.remove_half_written().await.expect("a clean-up"), 3);
+        assert_eq!(storage.remove_half_written().await.expect("a clean-up"), 0);
+        for path in whole.iter().chain(&foreign) {
+            assert!(root.join(path).is_file(), "{path} is still there");
         }
     }
 

@@ -62,7 +62,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   [database]
   path = \"FILE\"                  SQLite file; default lorad.db in the data folder
   [storage]
-  url = \"file:DIR\"               where files, checkpoints and artifacts are kept, or memory:
+  url = \"file:DIR\"               where files, checkpoints and artifacts are kept, or memory:; no two servers may share it
   [auth]
   bootstrap_key = \"KEY\"          the API key that callers must send; without it anybody on this machine may call
   [workers]
@@ -99,6 +99,10 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     let _lock = lock(&data_dir)?;
     let store = Store::open(&config.database_path()).await.context("cannot open the database")?;
     let storage = Storage::open(&config.storage_url())?;
+    let half_written = storage.remove_half_written().await?;
+    if half_written > 0 {
+        tracing::info!(count = half_written, "removed objects that an earlier server left half-written");
+    }
     let jobs = Jobs::new(store.clone(), storage);
     let shutdown = CancellationToken::new();
     let app = App::new(config, jobs.clone(), Hub::from_config(config), shutdown.clone())?;

@@ -182,6 +182,7 @@ impl From<storage::Error> for ApiError {
             storage::Error::Url(_)
             | storage::Error::Folder { .. }
             | storage::Error::NotFound(_)
+            | storage::Error::HalfWritten(_)
             | storage::Error::Backend(_) => Self::internal(&error),
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::{Jobs, Result};
-use crate::storage::FOLDERS;
+use crate::storage::{FOLDERS, is_key};
 use crate::store;
 
 /// Time between two sweeps.
@@ -42,7 +42,7 @@ async fn sweep(jobs: &Jobs, age: Duration) -> Result<usize> {
     }
     let named = store::object::named(&mut *jobs.store.read().await?).await?;
     let named: HashSet<String> = named.into_iter().collect();
-    keys.retain(|key| !named.contains(key));
+    keys.retain(|key| is_key(key) && !named.contains(key));
     let count = keys.len();
     jobs.remove_objects(keys).await;
     Ok(count)
@@ -83,9 +83,17 @@ mod tests {
         store::file::insert(&mut tx, &file).await.expect("a row");
         tx.commit().await.expect("a commit");
 
+        let foreign = ["files/notes.txt", "files/2024/file-1", "jobs/letters/artifacts/cv.pdf", "jobs/list"];
+        for key in foreign {
+            jobs.storage.put_bytes(key, Bytes::from("mine")).await.expect("a put");
+        }
+
         assert_eq!(sweep(&jobs, AGE).await.expect("a sweep"), 0);
         assert_eq!(sweep(&jobs, Duration::ZERO).await.expect("a sweep"), 1);
         assert!(jobs.storage.get(&file.object_key).await.is_ok());
         assert!(jobs.storage.get(&file_key(&left.to_string())).await.is_err());
+        for key in foreign {
+            assert!(jobs.storage.get(key).await.is_ok(), "{key} is still there");
+        }
     }
 }
