@@ -5,6 +5,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
+use super::finish_attempt::fail_unreadable;
 use super::{Jobs, Result};
 use crate::store;
 use crate::store::attempt::NewAttempt;
@@ -30,18 +31,31 @@ pub fn token_sha256(token: &str) -> String {
     hex::encode(Sha256::digest(token))
 }
 
-/// Takes up the next job that has to be validated, or trained, on `device`. `None`: there is none.
+/// Takes up the next job that has to be validated, or trained, on `device`. `None`: there is none. A job that cannot be read
+/// fails, so that it keeps none of the others waiting.
 ///
 /// # Errors
 /// The database failed.
 pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -> Result<Option<Claimed>> {
     let now_ms = now_ms();
-    let mut tx = jobs.store.begin_write().await?;
-    let next = match task {
-        TaskKind::Validate => store::job::next_to_validate(&mut tx).await?,
-        TaskKind::Train => store::job::next_to_train(&mut tx).await?,
+    let (mut tx, mut job) = loop {
+        let mut tx = jobs.store.begin_write().await?;
+        let next = match task {
+            TaskKind::Validate => store::job::next_to_validate(&mut tx).await,
+            TaskKind::Train => store::job::next_to_train(&mut tx).await,
+        };
+        match next {
+            Ok(Some(job)) => break (tx, job),
+            Ok(None) => return Ok(None),
+            Err(store::Error::UnreadableJob { id, status, source }) => {
+                let keys = fail_unreadable(&mut tx, id, status, &source, now_ms).await?;
+                tx.commit().await?;
+                jobs.tell_readers();
+                jobs.remove_objects(keys).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
     };
-    let Some(mut job) = next else { return Ok(None) };
     if job.status == Status::Queued {
         store::job::transition(&mut tx, job.id, Status::Queued, Status::Running, now_ms).await?;
         store::event::append(&mut tx, job.id, &NewEvent::started(), now_ms).await?;
@@ -62,4 +76,38 @@ pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
     tracing::info!(job.id = %job.id, attempt = %attempt.id, number = attempt.number, %task, device, "attempt claimed");
     jobs.tell_readers();
     Ok(Some(Claimed { attempt, job, token: SecretString::from(token) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::jobs::finish_attempt::attempt_lost;
+    use crate::jobs::testing;
+    use crate::store::job::{Filter, list};
+    use crate::types::attempt::AttemptOutcome;
+
+    #[tokio::test]
+    async fn a_job_that_cannot_be_read_fails_and_holds_up_no_other() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let first = testing::add_job(&jobs).await;
+        let attempt = testing::claim_next(&jobs).await.expect("the first job").attempt;
+        let (second, third) = (testing::add_job(&jobs).await, testing::add_job(&jobs).await);
+        testing::make_unreadable(&jobs, first).await;
+        testing::make_unreadable(&jobs, second).await;
+
+        assert_eq!(testing::claim_next(&jobs).await.expect("the third job").job.id, third);
+        assert!(attempt_lost(&jobs, attempt.id, AttemptOutcome::ServerEnded, "gone").await.expect("an end"));
+        for unreadable in [first, second] {
+            let failed = ("failed".to_owned(), Some("unreadable_job".to_owned()));
+            assert_eq!(testing::state(&jobs, unreadable).await, failed);
+        }
+        let last = testing::add_job(&jobs).await;
+        for limit in 1..4 {
+            let mut conn = jobs.store.read().await.expect("a connection");
+            let listed = list(&mut conn, "default", &Filter { limit, ..Filter::default() }).await.expect("a list");
+            let listed: Vec<_> = listed.iter().map(|job| job.id).collect();
+            assert_eq!(listed, [last, third][..listed.len()]);
+            assert_eq!(listed.len(), usize::try_from(limit.min(2)).expect("a small number"));
+        }
+    }
 }

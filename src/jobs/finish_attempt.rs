@@ -12,7 +12,7 @@ use crate::store;
 use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
 use crate::types::event::NewEvent;
 use crate::types::file::{File, FileStatus, Purpose};
-use crate::types::ids::{AttemptId, FileId};
+use crate::types::ids::{AttemptId, FileId, JobId};
 use crate::types::job::{Job, JobError, Status};
 use crate::types::metric::Metric;
 use crate::types::now_ms;
@@ -39,7 +39,8 @@ pub async fn finish_attempt(jobs: &Jobs, attempt: &Attempt, finish: Finish) -> R
 }
 
 /// Ends an attempt whose worker is gone without a word. `Crashed` counts against the job, with `detail` (the last lines of
-/// the worker's log) as the reason if that was once too often; `Stopped` and `ServerEnded` do not. `false`: it had ended before.
+/// the worker's log) as the reason if that was once too often; `Stopped`, `ServerEnded` and `NotStarted` do not. `false`: it
+/// had ended before.
 ///
 /// # Errors
 /// The database failed.
@@ -51,7 +52,15 @@ pub async fn attempt_lost(jobs: &Jobs, id: AttemptId, outcome: AttemptOutcome, d
         return Ok(false);
     }
     let mut keys = Vec::new();
-    let job = store::job::get(&mut tx, attempt.job_id).await?;
+    let job = match store::job::get(&mut tx, attempt.job_id).await {
+        Err(store::Error::UnreadableJob { id, status, source }) => {
+            if !status.is_final() {
+                keys = fail_unreadable(&mut tx, id, status, &source, now_ms).await?;
+            }
+            None
+        }
+        job => job?,
+    };
     if let Some(job) = job.filter(|job| !job.status.is_final() && outcome == AttemptOutcome::Crashed) {
         let left_checkpoint = store::checkpoint::any_of_attempt(&mut tx, id).await?;
         let count = if left_checkpoint { 0 } else { job.attempts_without_progress + 1 };
@@ -60,7 +69,7 @@ pub async fn attempt_lost(jobs: &Jobs, id: AttemptId, outcome: AttemptOutcome, d
             let message =
                 format!("the worker ended unexpectedly {count} times in a row without a new checkpoint: {detail}");
             let error = JobError { code: "worker_crashed".into(), message, param: None };
-            keys = fail(&mut tx, &job, &error, now_ms).await?;
+            keys = fail(&mut tx, job.id, job.status, &error, now_ms).await?;
         }
     }
     tx.commit().await?;
@@ -156,7 +165,7 @@ async fn failed(jobs: &Jobs, attempt: &Attempt, error: &JobError, events: &[Work
     let mut tx = jobs.store.begin_write().await?;
     let job = end(&mut tx, attempt, AttemptOutcome::Failed, now_ms).await?;
     append_worker_events(&mut tx, &job, attempt.id, events, now_ms).await?;
-    let keys = fail(&mut tx, &job, error, now_ms).await?;
+    let keys = fail(&mut tx, job.id, job.status, error, now_ms).await?;
     tx.commit().await?;
     tracing::info!(job.id = %job.id, attempt = %attempt.id, code = error.code, "job failed");
     jobs.tell_readers();
@@ -190,13 +199,32 @@ async fn end(conn: &mut SqliteConnection, attempt: &Attempt, outcome: AttemptOut
     job.filter(|job| !job.status.is_final()).ok_or(Error::AttemptEnded)
 }
 
-async fn fail(conn: &mut SqliteConnection, job: &Job, error: &JobError, now_ms: i64) -> Result<Vec<String>> {
-    if !store::job::transition(conn, job.id, job.status, Status::Failed, now_ms).await? {
+/// Fails a job that another build wrote in a way that this one cannot read, and gives the objects that it does not need now.
+pub(super) async fn fail_unreadable(
+    conn: &mut SqliteConnection,
+    id: JobId,
+    status: Status,
+    source: &serde_json::Error,
+    now_ms: i64,
+) -> Result<Vec<String>> {
+    tracing::error!(job.id = %id, error = %source, "a job cannot be read and fails");
+    let message = format!("this version of the server cannot read the job's specification: {source}");
+    fail(conn, id, status, &JobError { code: "unreadable_job".into(), message, param: None }, now_ms).await
+}
+
+async fn fail(
+    conn: &mut SqliteConnection,
+    id: JobId,
+    status: Status,
+    error: &JobError,
+    now_ms: i64,
+) -> Result<Vec<String>> {
+    if !store::job::transition(conn, id, status, Status::Failed, now_ms).await? {
         return Err(Error::AttemptEnded);
     }
-    store::job::set_error(conn, job.id, error).await?;
-    store::event::append(conn, job.id, &NewEvent::failed(&error.message), now_ms).await?;
-    Ok(store::checkpoint::delete_unlisted(conn, job.id).await?)
+    store::job::set_error(conn, id, error).await?;
+    store::event::append(conn, id, &NewEvent::failed(&error.message), now_ms).await?;
+    Ok(store::checkpoint::delete_unlisted(conn, id).await?)
 }
 
 /// The metrics of every step under OpenAI's header; the columns of a validation that did not run stay empty.

@@ -177,6 +177,22 @@ impl Launcher {
         }
     }
 
+    /// The attempts whose logs there are.
+    pub fn logs(&self) -> Vec<AttemptId> {
+        // A folder that is not there has no logs.
+        let Ok(logs) = fs::read_dir(&self.logs_dir) else { return Vec::new() };
+        let attempt = |name: &str| name.strip_suffix(".log")?.parse().ok();
+        logs.flatten().filter_map(|log| log.file_name().to_str().and_then(attempt)).collect()
+    }
+
+    /// Removes the log of an attempt.
+    pub fn remove_log(&self, attempt: AttemptId) {
+        let log = self.log_path(attempt);
+        if let Err(error) = fs::remove_file(&log) {
+            tracing::warn!(log = %log.display(), %error, "cannot remove a log");
+        }
+    }
+
     /// The log of an attempt.
     pub fn log_path(&self, attempt: AttemptId) -> PathBuf {
         self.logs_dir.join(format!("{attempt}.log"))
@@ -188,14 +204,14 @@ impl Launcher {
 }
 
 impl Launched {
-    /// Hands the worker its token, which sets it going, and returns its process to wait for.
-    ///
-    /// # Errors
-    /// A worker that is gone already.
-    pub async fn hand_over(mut self, token: &SecretString) -> anyhow::Result<Child> {
+    /// Hands the worker its token, which sets it going, and returns its process to wait for. One that is gone already does
+    /// not take the token, and its exit status says why.
+    pub async fn hand_over(mut self, token: &SecretString) -> Child {
         let line = format!("{}\n", token.expose_secret());
-        self.stdin.write_all(line.as_bytes()).await.context("the worker does not take its token")?;
-        Ok(self.child)
+        if let Err(error) = self.stdin.write_all(line.as_bytes()).await {
+            tracing::warn!(pid = self.identity.pid, %error, "a worker does not take its token");
+        }
+        self.child
     }
 }
 

@@ -14,6 +14,8 @@ pub mod put_artifact;
 pub mod put_checkpoint;
 pub mod scheduler;
 pub mod sweep;
+#[cfg(test)]
+mod testing;
 
 use std::sync::Arc;
 

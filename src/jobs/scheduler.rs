@@ -11,7 +11,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use super::claim::{Claimed, claim};
@@ -30,6 +30,8 @@ const INTERVAL: Duration = Duration::from_millis(500);
 const GRACE: Duration = Duration::from_secs(3);
 /// Time that a worker has to exit after its last word.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// Longest time without a new attempt after one that could not be started.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Lines of a worker's log that a failure quotes.
 const LOG_LINES: usize = 10;
 /// The one device of this version.
@@ -49,6 +51,10 @@ pub struct Scheduler {
     started_at: Instant,
     watched: HashMap<AttemptId, Watched>,
     exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
+    /// Attempts in a row that could not be started.
+    failed_starts: u32,
+    /// Until when none is tried after such a one.
+    paused_until: Option<Instant>,
 }
 
 /// A worker process, from its attempt's claim until it is gone.
@@ -138,6 +144,8 @@ impl Scheduler {
             started_at: Instant::now(),
             watched: HashMap::new(),
             exits: JoinSet::new(),
+            failed_starts: 0,
+            paused_until: None,
         }
     }
 
@@ -170,11 +178,15 @@ impl Scheduler {
         let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
         let mut living = HashSet::new();
         for attempt in &live {
-            if self.watch(attempt).await? {
+            let lives = self.watch(attempt).await.unwrap_or_else(|error| {
+                tracing::error!(attempt = %attempt.id, %error, "an attempt cannot be looked after, trying again");
+                true
+            });
+            if lives {
                 living.insert(attempt.id);
             }
         }
-        self.release(&living);
+        self.release(&living).await?;
         while self.count(TaskKind::Validate) < self.validations {
             if !self.claim_and_start(TaskKind::Validate).await? {
                 break;
@@ -205,7 +217,9 @@ impl Scheduler {
             return Ok(false);
         }
         let now_ms = now_ms();
-        let standing_still = Duration::from_millis(now_ms.saturating_sub(attempt.progress_at_ms).max(0).unsigned_abs());
+        // What a worker got done while no server was there, it can tell only now.
+        let standing_still = Duration::from_millis(now_ms.saturating_sub(attempt.progress_at_ms).max(0).unsigned_abs())
+            .min(self.started_at.elapsed());
         if attempt.state == AttemptState::Stopping {
             watched.stop();
         } else if judge && now_ms > attempt.lease_expires_at_ms {
@@ -217,45 +231,58 @@ impl Scheduler {
     }
 
     /// Frees the devices of processes that are gone, and presses those whose attempt has ended to go.
-    fn release(&mut self, living: &HashSet<AttemptId>) {
-        let Self { watched, launcher, .. } = self;
-        watched.retain(|attempt, watched| {
-            if living.contains(attempt) {
-                return true;
+    async fn release(&mut self, living: &HashSet<AttemptId>) -> Result<()> {
+        let mut gone = Vec::new();
+        for (attempt, watched) in self.watched.iter_mut().filter(|(attempt, _)| !living.contains(attempt)) {
+            if !watched.is_alive() {
+                gone.push(*attempt);
+            } else if watched.ended_since.get_or_insert_with(Instant::now).elapsed() > GOODBYE {
+                watched.stop();
             }
-            if watched.is_alive() {
-                if watched.ended_since.get_or_insert_with(Instant::now).elapsed() > GOODBYE {
-                    watched.stop();
-                }
-                return true;
-            }
-            launcher.clean_up(*attempt);
-            false
-        });
+        }
+        for attempt in gone {
+            let launcher = self.launcher.clone();
+            spawn_blocking(move || launcher.clean_up(attempt)).await?;
+            self.watched.remove(&attempt);
+        }
+        Ok(())
     }
 
     fn count(&self, task: TaskKind) -> usize {
         self.watched.values().filter(|watched| watched.task == task).count()
     }
 
-    /// Claims the next job and starts its worker; `false`: there was none.
+    /// Claims the next job and starts its worker; `false`: there was none, or no worker can be started now.
     async fn claim_and_start(&mut self, task: TaskKind) -> Result<bool> {
+        if self.paused_until.is_some_and(|until| Instant::now() < until) {
+            return Ok(false);
+        }
         let Some(claimed) = claim(&self.jobs, task, DEVICE, self.lease).await? else { return Ok(false) };
         let attempt = claimed.attempt.clone();
-        if let Err(error) = self.start(claimed).await {
-            self.lose(&attempt, AttemptOutcome::Crashed, format!("{error:#}")).await?;
-        }
-        Ok(true)
+        let Err(error) = self.start(claimed).await else {
+            self.failed_starts = 0;
+            return Ok(true);
+        };
+        // This machine refuses (no process, no file to be had), which is no fault of the job's and may pass.
+        let pause = Duration::from_secs(1 << self.failed_starts.min(6)).min(LONGEST_PAUSE);
+        self.failed_starts += 1;
+        self.paused_until = Some(Instant::now() + pause);
+        tracing::error!(attempt = %attempt.id, ?pause, "cannot start a worker, trying again: {error:#}");
+        attempt_lost(&self.jobs, attempt.id, AttemptOutcome::NotStarted, "the worker could not be started").await?;
+        let launcher = self.launcher.clone();
+        spawn_blocking(move || launcher.clean_up(attempt.id)).await?;
+        Ok(false)
     }
 
     async fn start(&mut self, claimed: Claimed) -> anyhow::Result<()> {
         let Claimed { attempt, token, .. } = claimed;
-        let launched = self.launcher.start(attempt.id)?;
+        let launcher = self.launcher.clone();
+        let launched = spawn_blocking(move || launcher.start(attempt.id)).await??;
         let process = launched.identity;
         let mut tx = self.jobs.store.begin_write().await?;
         store::attempt::set_process(&mut tx, attempt.id, process.pid.into(), process.start_time).await?;
         tx.commit().await?;
-        let mut child = launched.hand_over(&token).await?;
+        let mut child = launched.hand_over(&token).await;
         self.watched.insert(attempt.id, Watched::new(&attempt, Some(process), true));
         self.exits.spawn(async move { (attempt.id, child.wait().await) });
         Ok(())
@@ -275,9 +302,12 @@ impl Scheduler {
     /// Ends an attempt whose process is gone.
     async fn lose(&self, attempt: &Attempt, outcome: AttemptOutcome, mut reason: String) -> Result<()> {
         tracing::info!(job.id = %attempt.job_id, attempt = %attempt.id, reason, "worker gone");
-        let log = self.launcher.last_log_lines(attempt.id, LOG_LINES);
-        if outcome == AttemptOutcome::Crashed && !log.is_empty() {
-            reason = format!("{reason}; its log ends with:\n{log}");
+        if outcome == AttemptOutcome::Crashed {
+            let (launcher, id) = (self.launcher.clone(), attempt.id);
+            let log = spawn_blocking(move || launcher.last_log_lines(id, LOG_LINES)).await?;
+            if !log.is_empty() {
+                reason = format!("{reason}; its log ends with:\n{log}");
+            }
         }
         attempt_lost(&self.jobs, attempt.id, outcome, &reason).await?;
         Ok(())
@@ -287,8 +317,8 @@ impl Scheduler {
     async fn clean_up_what_was_left(&self) -> Result<()> {
         let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
         let keep: Vec<AttemptId> = live.iter().map(|attempt| attempt.id).collect();
-        self.launcher.clean_up_all_but(&keep);
-        Ok(())
+        let launcher = self.launcher.clone();
+        Ok(spawn_blocking(move || launcher.clean_up_all_but(&keep)).await?)
     }
 
     /// Stops every worker; their attempts ended because the server did.
@@ -310,7 +340,41 @@ impl Scheduler {
             };
             self.lose(attempt, outcome, "the server ends".to_owned()).await?;
         }
-        self.release(&HashSet::new());
-        Ok(())
+        self.release(&HashSet::new()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jobs::finish_attempt::MOST_ATTEMPTS_WITHOUT_PROGRESS;
+    use crate::jobs::testing;
+
+    #[tokio::test]
+    async fn a_worker_that_cannot_be_started_is_not_held_against_its_job() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let mut config = Config::default();
+        config.server.data_dir = folder.path().to_owned();
+        // A file, so that no log can be made in it.
+        std::fs::write(config.logs_dir(), "").expect("a file");
+        let waiting = [testing::add_job(&jobs).await, testing::add_job(&jobs).await];
+        let launcher = Launcher::new(&config, "unix:none".to_owned());
+        let mut scheduler = Scheduler::new(&config, jobs.clone(), launcher);
+
+        let mut pauses = Vec::new();
+        for failed_starts in 1..=MOST_ATTEMPTS_WITHOUT_PROGRESS + 1 {
+            scheduler.tick().await.expect("a tick");
+            let pause = scheduler.paused_until.take().expect("a pause").saturating_duration_since(Instant::now());
+            pauses.push(pause);
+            scheduler.paused_until = Some(Instant::now() + LONGEST_PAUSE);
+            scheduler.tick().await.expect("a tick that claims nothing");
+            assert_eq!(i64::from(scheduler.failed_starts), failed_starts);
+            scheduler.paused_until = None;
+        }
+        assert!(pauses.is_sorted(), "{pauses:?}");
+        for job in waiting {
+            assert_eq!(testing::state(&jobs, job).await, ("validating_files".to_owned(), None));
+        }
     }
 }

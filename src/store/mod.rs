@@ -16,6 +16,9 @@ use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Sqlite, SqlitePool, Transaction};
 
+use crate::types::ids::JobId;
+use crate::types::job::Status;
+
 /// What can go wrong with the database.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -30,6 +33,16 @@ pub enum Error {
     Json {
         /// Table and column.
         column: &'static str,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// A job's specification is not what this build writes.
+    #[error("job {id} cannot be read: {source}")]
+    UnreadableJob {
+        /// The job.
+        id: JobId,
+        /// Its state.
+        status: Status,
         /// What is wrong with it.
         source: serde_json::Error,
     },

@@ -40,6 +40,8 @@ text_enum! {
         Crashed = "crashed",
         /// The process ended because the server did; this is not held against the job.
         ServerEnded = "server_ended",
+        /// The server could not start the process; this is not held against the job.
+        NotStarted = "not_started",
     }
 }
 
