@@ -35,7 +35,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// A setting that does not exist is an error.
 ///
 /// Trainings run in worker processes, one at a time. A server that is killed goes on where it was when it is started again;
-/// Ctrl-C stops the workers too, and an interrupted training goes on from its last checkpoint at the next start.
+/// Ctrl-C stops the workers too, and an interrupted training goes on from its last checkpoint at the next start. The log of
+/// each worker stands in logs of the data folder until 30 days after its end.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_long_help = SETTINGS)]
 pub struct Options {
@@ -111,29 +112,34 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     let workers_gone = CancellationToken::new();
     let mut tasks = JoinSet::new();
     let server = listen_to_workers(config, &data_dir, &app, &workers_gone, &mut tasks).await?;
+    let launcher = Launcher::new(config, server);
     let listener = TcpListener::bind(config.server.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", config.server.listen))?;
     let address = listener.local_addr().context("the listener has no address")?;
     let served =
         axum::serve(listener, http::public_router(app)).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     tasks.spawn(named("the API", served.into_future()));
-    tasks.spawn(named("the sweep", sweep::run(jobs.clone(), shutdown.clone())));
-    let scheduler = Scheduler::new(config, jobs, Launcher::new(config, server));
+    tasks.spawn(named("the sweep", sweep::run(jobs.clone(), launcher.clone(), shutdown.clone())));
+    let scheduler = Scheduler::new(config, jobs, launcher);
     let scheduled = scheduler.run(shutdown.clone());
     tasks.spawn(named("the scheduler", async move {
-        let result = scheduled.await;
-        workers_gone.cancel();
-        result
+        // Also where the scheduler panics: the workers' API must end for the server to end.
+        let _workers_gone = workers_gone.drop_guard();
+        scheduled.await
     }));
     tracing::info!(%address, data_dir = %data_dir.display(), "listening on http://{address}/v1");
 
-    let result = supervise(tasks, &shutdown).await;
+    let result = supervise(tasks, &shutdown, DRAIN).await;
     store.close().await;
     result
 }
 
-/// Waits for a signal, or for a task to end that should not; then lets all tasks end.
-async fn supervise(mut tasks: JoinSet<anyhow::Result<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
+/// Waits for a signal, or for a task to end that should not; then lets all tasks end, for the time `drain`.
+async fn supervise(
+    mut tasks: JoinSet<anyhow::Result<()>>,
+    shutdown: &CancellationToken,
+    drain: Duration,
+) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for Ctrl-C")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut result = tokio::select! {
@@ -141,7 +147,11 @@ async fn supervise(mut tasks: JoinSet<anyhow::Result<()>>, shutdown: &Cancellati
         _ = terminate.recv() => Ok(()),
         Some(ended) = tasks.join_next() => flatten(ended).and_then(|()| bail!("a task of the server ended")),
     };
-    tracing::info!("stopping");
+    match &result {
+        Ok(()) => tracing::info!("stopping"),
+        // At once: the drain below takes its time.
+        Err(error) => tracing::error!("stopping: {error:#}"),
+    }
     shutdown.cancel();
     let drained = async {
         while let Some(ended) = tasks.join_next().await {
@@ -150,17 +160,16 @@ async fn supervise(mut tasks: JoinSet<anyhow::Result<()>>, shutdown: &Cancellati
                 result = ended;
             }
         }
-        result
     };
     tokio::select! {
-        result = drained => result,
-        () = tokio::time::sleep(DRAIN) => {
-            tracing::warn!("requests are still in flight after {} s, ending them", DRAIN.as_secs());
-            Ok(())
+        () = drained => (),
+        () = tokio::time::sleep(drain) => {
+            tracing::warn!("requests are still in flight after {} s, ending them", drain.as_secs());
         }
         _ = interrupt.recv() => bail!("stopped at once by a second signal"),
         _ = terminate.recv() => bail!("stopped at once by a second signal"),
     }
+    result
 }
 
 /// A task that panicked is an error as well.
@@ -230,5 +239,20 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => bail!("another server uses the data folder {}", data_dir.display()),
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_error_of_a_task_outlives_requests_in_flight() {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(std::future::pending());
+        tasks.spawn(async { panic!("out of order") });
+        let ended = supervise(tasks, &CancellationToken::new(), Duration::ZERO).await;
+        let error = ended.expect_err("a task that panicked");
+        assert_eq!(error.to_string(), "a task of the server panicked");
     }
 }

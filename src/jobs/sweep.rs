@@ -1,29 +1,40 @@
-//! Removes objects that no row names: what an upload or a worker left behind when the server was killed between the two.
+//! Removes what nobody needs any more: files whose time is over, objects that no row names (an upload or a worker left them
+//! behind when the server was killed between the two), and old logs of workers.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::launcher::Launcher;
 use super::{Jobs, Result};
 use crate::storage::{FOLDERS, is_key};
 use crate::store;
+use crate::types::now_ms;
 
 /// Time between two sweeps.
 const INTERVAL: Duration = Duration::from_secs(6 * 3600);
 /// Age from which an object without a row gets none any more.
 const AGE: Duration = Duration::from_secs(24 * 3600);
+/// Time that the log of a worker is kept after its end.
+const LOG_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Sweeps now and then until `shutdown`.
 ///
 /// # Errors
 /// None: a sweep that fails is logged, and the next one tries again.
-pub async fn run(jobs: Jobs, shutdown: CancellationToken) -> Result<()> {
+pub async fn run(jobs: Jobs, launcher: Launcher, shutdown: CancellationToken) -> Result<()> {
     while !shutdown.is_cancelled() {
-        match sweep(&jobs, AGE).await {
-            Ok(0) => (),
-            Ok(count) => tracing::info!(count, "removed objects that nothing names"),
-            Err(error) => tracing::warn!(%error, "cannot look for objects that nothing names"),
+        for (what, removed) in [
+            ("files whose time is over", remove_expired(&jobs, now_ms()).await),
+            ("objects that nothing names", sweep(&jobs, AGE).await),
+            ("old logs of workers", remove_logs(&jobs, &launcher, LOG_AGE).await),
+        ] {
+            match removed {
+                Ok(0) => (),
+                Ok(count) => tracing::info!(count, "removed {what}"),
+                Err(error) => tracing::warn!(%error, "cannot look for {what}"),
+            }
         }
         tokio::select! {
             () = shutdown.cancelled() => (),
@@ -31,6 +42,30 @@ pub async fn run(jobs: Jobs, shutdown: CancellationToken) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Removes the files whose time is over and that no unfinished job needs, and counts them.
+async fn remove_expired(jobs: &Jobs, now_ms: i64) -> Result<usize> {
+    let mut tx = jobs.store.begin_write().await?;
+    let keys = store::file::delete_expired(&mut tx, now_ms).await?;
+    tx.commit().await?;
+    let count = keys.len();
+    jobs.remove_objects(keys).await;
+    Ok(count)
+}
+
+/// Removes the logs of attempts that ended longer than `age` ago, and counts them.
+async fn remove_logs(jobs: &Jobs, launcher: &Launcher, age: Duration) -> Result<usize> {
+    let ended_before = now_ms() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+    let (logs, listed) = (launcher.clone(), launcher.clone());
+    let mut old = Vec::new();
+    for attempt in tokio::task::spawn_blocking(move || listed.logs()).await? {
+        let attempt = store::attempt::find(&mut *jobs.store.read().await?, attempt).await?;
+        old.extend(attempt.filter(|attempt| attempt.ended_at_ms.is_some_and(|ended| ended <= ended_before)));
+    }
+    let count = old.len();
+    tokio::task::spawn_blocking(move || old.iter().for_each(|attempt| logs.remove_log(attempt.id))).await?;
+    Ok(count)
 }
 
 /// Removes the objects older than `age` that no row names, and counts them.
@@ -53,47 +88,89 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::storage::{Storage, file_key};
-    use crate::store::Store;
+    use crate::config::Config;
+    use crate::jobs::add_file::add_file;
+    use crate::jobs::testing;
+    use crate::storage::file_key;
+    use crate::types::attempt::AttemptOutcome;
     use crate::types::file::{File, FileStatus, Purpose};
-    use crate::types::ids::FileId;
+    use crate::types::ids::{AttemptId, FileId};
 
-    #[tokio::test]
-    async fn only_what_no_row_names_is_removed() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let store = Store::open(&folder.path().join("lorad.db")).await.expect("a database");
-        let jobs = Jobs::new(store, Storage::open("memory:").expect("memory"));
-        let (kept, left) = (FileId::new(), FileId::new());
-        for id in [kept, left] {
-            jobs.storage.put_bytes(&file_key(&id.to_string()), Bytes::from("rows")).await.expect("a put");
-        }
+    /// A file with its row and its bytes.
+    async fn file(jobs: &Jobs, expires_at_ms: Option<i64>) -> File {
+        let id = FileId::new();
         let file = File {
-            id: kept,
+            id,
             owner: "default".into(),
             filename: "rows.jsonl".into(),
             purpose: Purpose::FineTune,
             size_bytes: 4,
             sha256: String::new(),
-            object_key: file_key(&kept.to_string()),
+            object_key: file_key(&id.to_string()),
             status: FileStatus::Processed,
             created_at_ms: 0,
-            expires_at_ms: None,
+            expires_at_ms,
         };
-        let mut tx = jobs.store.begin_write().await.expect("a transaction");
-        store::file::insert(&mut tx, &file).await.expect("a row");
-        tx.commit().await.expect("a commit");
+        jobs.storage.put_bytes(&file.object_key, Bytes::from("rows")).await.expect("a put");
+        add_file(jobs, &file).await.expect("a row");
+        file
+    }
 
+    #[tokio::test]
+    async fn only_what_no_row_names_is_removed() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let kept = file(&jobs, None).await;
+        let left = file_key(&FileId::new().to_string());
         let foreign = ["files/notes.txt", "files/2024/file-1", "jobs/letters/artifacts/cv.pdf", "jobs/list"];
-        for key in foreign {
-            jobs.storage.put_bytes(key, Bytes::from("mine")).await.expect("a put");
+        for key in foreign.into_iter().chain([left.as_str()]) {
+            jobs.storage.put_bytes(key, Bytes::from("bytes")).await.expect("a put");
         }
 
         assert_eq!(sweep(&jobs, AGE).await.expect("a sweep"), 0);
         assert_eq!(sweep(&jobs, Duration::ZERO).await.expect("a sweep"), 1);
-        assert!(jobs.storage.get(&file.object_key).await.is_ok());
-        assert!(jobs.storage.get(&file_key(&left.to_string())).await.is_err());
-        for key in foreign {
+        assert!(jobs.storage.get(&left).await.is_err());
+        for key in foreign.into_iter().chain([kept.object_key.as_str()]) {
             assert!(jobs.storage.get(key).await.is_ok(), "{key} is still there");
         }
+    }
+
+    #[tokio::test]
+    async fn a_file_goes_when_its_time_is_over() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let (for_ever, for_now) = (file(&jobs, None).await, file(&jobs, Some(1000)).await);
+        assert_eq!(remove_expired(&jobs, 999).await.expect("a sweep"), 0);
+        assert_eq!(remove_expired(&jobs, 1000).await.expect("a sweep"), 1);
+        assert!(jobs.storage.get(&for_ever.object_key).await.is_ok());
+        assert!(jobs.storage.get(&for_now.object_key).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn only_logs_of_ended_attempts_are_removed() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let mut config = Config::default();
+        config.server.data_dir = folder.path().to_owned();
+        let launcher = Launcher::new(&config, "unix:none".to_owned());
+        let mut claimed = Vec::new();
+        for _ in 0..2 {
+            testing::add_job(&jobs).await;
+            claimed.extend(testing::claim_next(&jobs).await.map(|claimed| claimed.attempt.id));
+        }
+        let [ended, running] = claimed[..] else { panic!("two attempts") };
+        let mut tx = jobs.store.begin_write().await.expect("a transaction");
+        store::attempt::end(&mut tx, ended, AttemptOutcome::Stopped, now_ms()).await.expect("an end");
+        tx.commit().await.expect("a commit");
+        std::fs::create_dir(config.logs_dir()).expect("a folder");
+        let unknown = AttemptId::new();
+        for attempt in [ended, running, unknown] {
+            std::fs::write(launcher.log_path(attempt), "a line\n").expect("a log");
+        }
+
+        assert_eq!(remove_logs(&jobs, &launcher, LOG_AGE).await.expect("a sweep"), 0);
+        assert_eq!(remove_logs(&jobs, &launcher, Duration::ZERO).await.expect("a sweep"), 1);
+        assert!(!launcher.log_path(ended).exists());
+        assert!(launcher.log_path(running).exists() && launcher.log_path(unknown).exists());
     }
 }
