@@ -8,6 +8,7 @@ use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 use std::time::SystemTime;
 
+use hf_hub::progress::{Progress, ProgressEvent, ProgressHandler};
 use hf_hub::{HFClientBuilder, HFClientSync, HFError};
 use reqwest::StatusCode;
 use sha2::{Digest, Sha256};
@@ -155,6 +156,7 @@ pub struct Options {
 #[derive(Debug, Clone)]
 pub struct Hub {
     options: Options,
+    progress: Option<Progress>,
 }
 
 impl Reference {
@@ -229,7 +231,12 @@ impl Reference {
 impl Hub {
     /// A hub over these folders.
     pub fn new(options: Options) -> Self {
-        Self { options }
+        Self { options, progress: None }
+    }
+
+    /// The same hub, which calls `on_progress` now and then as long as a download gets on.
+    pub fn with_progress(self, on_progress: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { progress: Some(Progress::new(OnProgress(on_progress))), ..self }
     }
 
     /// The hub of a configuration; `HF_ENDPOINT` and `HF_HUB_OFFLINE` count as for the hub's own tools.
@@ -284,7 +291,7 @@ impl Hub {
         tracing::info!(model = name, repository = format!("{owner}/{repository}"), file, "downloading base model");
         let client = self.client().map_err(|error| hub_error(name, error))?;
         let path = loop {
-            match download(&client, owner, repository, file, revision, false) {
+            match download(&client, owner, repository, file, revision, false, self.progress.clone()) {
                 Ok(path) => break path,
                 // Another process downloads the same file: its result is ours too.
                 Err(HFError::CacheLockTimeout { .. }) => tracing::info!(model = name, "waiting for another download"),
@@ -351,7 +358,7 @@ impl Hub {
         file: &str,
         revision: Option<&str>,
     ) -> Result<Option<PathBuf>, Error> {
-        match self.client().and_then(|client| download(&client, owner, repository, file, revision, true)) {
+        match self.client().and_then(|client| download(&client, owner, repository, file, revision, true, None)) {
             Ok(path) => Ok(Some(path)),
             Err(HFError::LocalEntryNotFound { .. }) => Ok(None),
             Err(error) => Err(hub_error(name, error)),
@@ -422,6 +429,7 @@ fn download(
     file: &str,
     revision: Option<&str>,
     local_files_only: bool,
+    progress: Option<Progress>,
 ) -> Result<PathBuf, HFError> {
     client
         .model(owner, repository)
@@ -429,7 +437,17 @@ fn download(
         .filename(file)
         .maybe_revision(revision)
         .local_files_only(local_files_only)
+        .maybe_progress(progress)
         .send()
+}
+
+/// Tells that a download got on, whatever of it did.
+struct OnProgress<F>(F);
+
+impl<F: Fn() + Send + Sync> ProgressHandler for OnProgress<F> {
+    fn on_progress(&self, _: &ProgressEvent) {
+        (self.0)();
+    }
 }
 
 fn hub_error(name: &str, error: HFError) -> Error {

@@ -204,7 +204,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let file = GgufFile::open(&path)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
-    let dataset = data::prepare(&args.data, &spec, &tokenizer, model.config().context_length)
+    let dataset = data::prepare(&args.data, &spec, &tokenizer, model.config().context_length, &mut || ())
         .inspect_err(list_bad_rows)
         .with_context(|| format!("cannot train on {}", args.data.display()))?;
     describe(&dataset.report);

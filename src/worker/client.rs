@@ -5,6 +5,7 @@
 //! one must be gone.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,9 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
+use tokio_util::io::ReaderStream;
 
+use super::Progress;
 use crate::types::worker_protocol::{ATTEMPT_ENDED, VERSION, VERSION_HEADER};
 
 /// Lease before the task says how long it is.
@@ -26,6 +29,9 @@ const FIRST_LEASE: Duration = Duration::from_secs(30);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How long an answer to a request without a large body may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Bytes of a file that are read and sent at once.
+const UPLOAD_PIECE_BYTES: usize = 64 << 10;
 
 /// Why the worker cannot go on talking.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +66,7 @@ pub(super) struct Client {
     base: String,
     token: SecretString,
     lease: Arc<Mutex<Lease>>,
+    progress: Progress,
 }
 
 #[derive(Debug)]
@@ -69,8 +76,9 @@ struct Lease {
 }
 
 impl Client {
-    /// A client of `server`: `unix:PATH` or `http://HOST:PORT`.
-    pub(super) fn new(server: &str, token: SecretString) -> anyhow::Result<Self> {
+    /// A client of `server`: `unix:PATH` or `http://HOST:PORT`. What comes or goes of a file for the first
+    /// time is progress; what is repeated after a failure is not.
+    pub(super) fn new(server: &str, token: SecretString, progress: Progress) -> anyhow::Result<Self> {
         // No proxy stands between a worker and its server.
         let builder = reqwest::Client::builder().no_proxy().connect_timeout(Duration::from_secs(5));
         let (builder, base) = match server.strip_prefix("unix:") {
@@ -79,7 +87,7 @@ impl Client {
         };
         let http = builder.build().with_context(|| format!("cannot make a client of `{server}`"))?;
         let lease = Arc::new(Mutex::new(Lease { length: FIRST_LEASE, renewed_at: Instant::now() }));
-        Ok(Self { http, base, token, lease })
+        Ok(Self { http, base, token, lease, progress })
     }
 
     /// Takes note of how long a lease is.
@@ -123,9 +131,10 @@ impl Client {
 
     /// Fetches bytes into the file `target` and checks their hash; a stream that breaks off is fetched anew.
     pub(super) async fn download(&self, path: &'static str, target: &Path, sha256: &str) -> Result<(), Error> {
+        let mut furthest = 0;
         loop {
             let response = self.send(Method::GET, path, Ok).await?;
-            match save(response, target).await? {
+            match save(response, target, &mut furthest, &self.progress).await? {
                 Some(found) if found == sha256 => return Ok(()),
                 Some(found) => {
                     return Err(anyhow::anyhow!("{path} has sha256 {found}, expected {sha256}").into());
@@ -138,9 +147,19 @@ impl Client {
     /// Sends the bytes of the file `source`.
     pub(super) async fn upload<Q: Serialize>(&self, path: &'static str, query: &Q, source: &Path) -> Result<(), Error> {
         let length = source.metadata().with_context(|| format!("cannot read {}", source.display()))?.len();
+        let furthest = Arc::new(AtomicU64::new(0));
         let prepare = |request: RequestBuilder| {
             let file = std::fs::File::open(source).with_context(|| format!("cannot read {}", source.display()))?;
-            let body = reqwest::Body::from(tokio::fs::File::from_std(file));
+            let (progress, furthest) = (self.progress.clone(), Arc::clone(&furthest));
+            let mut sent = 0;
+            let on_piece = move |_: &std::io::Result<_>| {
+                sent += 1;
+                if furthest.fetch_max(sent, Ordering::Relaxed) < sent {
+                    progress.made();
+                }
+            };
+            let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(file), UPLOAD_PIECE_BYTES);
+            let body = reqwest::Body::wrap_stream(pieces.inspect(on_piece));
             Ok(request.query(query).header(reqwest::header::CONTENT_LENGTH, length).body(body))
         };
         self.send(Method::PUT, path, prepare).await.map(|_| ())
@@ -210,16 +229,27 @@ async fn decode<T: DeserializeOwned>(path: &'static str, response: Response) -> 
     Ok(value)
 }
 
-/// Writes a body to a file and returns its hash; `None`: it broke off.
-async fn save(response: Response, target: &Path) -> anyhow::Result<Option<String>> {
+/// Writes a body to a file and returns its hash; `None`: it broke off. What is beyond `furthest` bytes is progress.
+async fn save(
+    response: Response,
+    target: &Path,
+    furthest: &mut u64,
+    progress: &Progress,
+) -> anyhow::Result<Option<String>> {
     let context = || format!("cannot write {}", target.display());
     let mut file = tokio::fs::File::create(target).await.with_context(context)?;
     let mut hash = Sha256::new();
+    let mut length = 0;
     let mut body = response.bytes_stream();
     while let Some(chunk) = body.next().await {
         let Ok(chunk) = chunk else { return Ok(None) };
         hash.update(&chunk);
         file.write_all(&chunk).await.with_context(context)?;
+        length += chunk.len() as u64;
+        if length > *furthest {
+            *furthest = length;
+            progress.made();
+        }
     }
     file.flush().await.with_context(context)?;
     Ok(Some(hex::encode(hash.finalize())))

@@ -64,13 +64,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     std::io::stdin().read_line(&mut token).context("cannot read the token from stdin")?;
     let token = token.trim();
     anyhow::ensure!(!token.is_empty(), "no token came on stdin");
-    let client = Client::new(&options.server, SecretString::from(token))?;
+    let progress = Progress::default();
+    let client = Client::new(&options.server, SecretString::from(token), progress.clone())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
-    let result = runtime.block_on(attempt(client, &options));
+    let result = runtime.block_on(attempt(client, progress, &options));
     // The engine's thread may still compute; nobody wants what it would find.
     runtime.shutdown_background();
     match result {
@@ -83,17 +84,18 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     }
 }
 
-async fn attempt(client: Client, options: &Options) -> Result<(), Error> {
+async fn attempt(client: Client, progress: Progress, options: &Options) -> Result<(), Error> {
     let task: Task = client.get(TASK_PATH).await?;
     client.set_lease(Duration::from_secs(task.lease_seconds));
     tracing::info!(attempt = %task.attempt_id, job.id = %task.job_id, task = %task.kind, "attempt started");
-    let progress = Progress::default();
+    let downloaded = progress.clone();
     let hub = Hub::new(hub::Options {
         models_dir: options.models_dir.clone(),
         cache_dir: options.cache_dir.clone(),
         endpoint: None,
         offline: hub::offline(),
-    });
+    })
+    .with_progress(move || downloaded.made());
     let finish = tokio::select! {
         finish = task::perform(&client, &task, hub, &options.scratch, progress.clone()) => finish?,
         stopped = heartbeats(&client, &task, &progress) => {

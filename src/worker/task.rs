@@ -103,7 +103,9 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
     let ours = inputs.ours();
     let report = on_engine_thread(move || {
         let (_, llama, tokenizer) = inputs.load_model(&progress)?;
-        data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, llama.config().context_length)
+        let context_length = llama.config().context_length;
+        let mut on_progress = || progress.made();
+        data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, context_length, &mut on_progress)
     });
     Ok(match report.await? {
         Ok(report) => Finish::Succeeded { trained_tokens: None, events: failure::findings(&report) },
@@ -141,7 +143,8 @@ fn train_and_export(
     let task = &inputs.task;
     let (base, llama, tokenizer) = inputs.load_model(progress)?;
     let context_length = llama.config().context_length;
-    let dataset = data::prepare(&inputs.training_file, &task.spec, &tokenizer, context_length)?;
+    let dataset =
+        data::prepare(&inputs.training_file, &task.spec, &tokenizer, context_length, &mut || progress.made())?;
     progress.made();
     let resume = resume.map(|path| Checkpoint::load(&path)).transpose()?;
     let mut saved = Ok(());

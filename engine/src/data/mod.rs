@@ -72,24 +72,43 @@ pub struct Dataset {
     pub report: Report,
 }
 
-/// Reads a data set as the model will see it.
+/// Reads a data set as the model will see it; calls `on_progress` after every few hundred rows.
 ///
 /// # Errors
 /// [`Error::Dataset`] where it cannot be trained on, [`Error::Template`] and [`Error::Tokenizer`] where the model's own
 /// template or tokenizer is at fault, [`Error::Spec`] for a row length above the model's.
-pub fn prepare(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize) -> Result<Dataset> {
-    read(path, spec, tokenizer, context_length, true)
+pub fn prepare(
+    path: &Path,
+    spec: &TrainSpec,
+    tokenizer: &Tokenizer,
+    context_length: usize,
+    on_progress: &mut dyn FnMut(),
+) -> Result<Dataset> {
+    read(path, spec, tokenizer, context_length, true, on_progress)
 }
 
 /// The same reading as [`prepare`], for its report: nothing is kept in memory.
 ///
 /// # Errors
 /// As [`prepare`].
-pub fn validate(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize) -> Result<Report> {
-    Ok(read(path, spec, tokenizer, context_length, false)?.report)
+pub fn validate(
+    path: &Path,
+    spec: &TrainSpec,
+    tokenizer: &Tokenizer,
+    context_length: usize,
+    on_progress: &mut dyn FnMut(),
+) -> Result<Report> {
+    Ok(read(path, spec, tokenizer, context_length, false, on_progress)?.report)
 }
 
-fn read(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: usize, keep: bool) -> Result<Dataset> {
+fn read(
+    path: &Path,
+    spec: &TrainSpec,
+    tokenizer: &Tokenizer,
+    context_length: usize,
+    keep: bool,
+    on_progress: &mut dyn FnMut(),
+) -> Result<Dataset> {
     let max_seq_length = spec.max_seq_length(context_length)?;
     let template = ChatTemplate::for_model(spec.dataset.template, tokenizer)?;
     let judge = Judge { template, tokenizer, train_on: spec.dataset.train_on, max_seq_length };
@@ -118,6 +137,7 @@ fn read(path: &Path, spec: &TrainSpec, tokenizer: &Tokenizer, context_length: us
         for row in judged {
             add_row(&mut dataset, row, max_seq_length, keep)?;
         }
+        on_progress();
     }
     check(dataset)
 }

@@ -19,7 +19,7 @@ fn shared(name: &str) -> Option<PathBuf> {
 fn read_shared(name: &str, template: Template) -> Option<Result<Dataset>> {
     let mut spec = TrainSpec::default();
     spec.dataset.template = template;
-    shared(name).map(|path| prepare(&path, &spec, &tokenizer(Some(CHATML), false), 2048))
+    shared(name).map(|path| prepare(&path, &spec, &tokenizer(Some(CHATML), false), 2048, &mut || ()))
 }
 
 #[test]

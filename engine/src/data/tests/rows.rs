@@ -172,7 +172,8 @@ fn files_that_are_no_data_set_are_refused_by_name() {
     assert!(
         matches!(of(b"\xff\xfe{\x00"), DatasetError::BadRows(report) if report.bad_rows[0].code == BadRowCode::InvalidUtf8)
     );
-    let missing = dataset_error(prepare(Path::new("/nowhere/data.jsonl"), &spec, &tokenizer(None, false), 512));
+    let missing =
+        dataset_error(prepare(Path::new("/nowhere/data.jsonl"), &spec, &tokenizer(None, false), 512, &mut || ()));
     assert!(matches!(&missing, DatasetError::Io { .. }) && missing.to_string().contains("/nowhere/data.jsonl"));
 }
 
