@@ -257,11 +257,6 @@ impl Config {
         self.models.cache_dir.clone().unwrap_or_else(default)
     }
 
-    /// The workers' socket, where they are not given a TCP address.
-    pub fn worker_socket(&self) -> PathBuf {
-        self.server.data_dir.join("worker.sock")
-    }
-
     /// Folder of the workers' logs.
     pub fn logs_dir(&self) -> PathBuf {
         self.server.data_dir.join("logs")

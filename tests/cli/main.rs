@@ -86,6 +86,19 @@ fn ctrl_c_keeps_a_checkpoint_and_resume_ends_with_the_same_adapter() {
 }
 
 #[test]
+fn the_examples_can_be_trained_on() {
+    let home = Home::new();
+    for name in ["alpaca", "persona"] {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name).with_extension("jsonl");
+        let data = data.to_str().expect("a path in UTF-8");
+        let trained = home.command("train", &["--data", data, "--out", name, "--max-steps", "1"]).output();
+        let trained = trained.expect("a process");
+        assert!(trained.status.success(), "{name}: {}", stderr(&trained));
+        assert!(!home.adapter(name).is_empty());
+    }
+}
+
+#[test]
 fn an_adapter_is_continued_merged_and_talked_to() {
     let home = Home::new();
     let first = home.train("first", &["--n-epochs", "8", "--r", "4", "--learning-rate", "1e-2", "--gguf", "f16"]);

@@ -62,7 +62,7 @@ impl TestApp {
 
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let socket = UnixListener::bind(config.worker_socket()).expect("a socket");
+        let socket = UnixListener::bind(config.server.data_dir.join("worker.sock")).expect("a socket");
         let mut servers = JoinSet::new();
         let (public, worker) = (public_router(app.clone()), worker_router(app));
         servers.spawn(async move { axum::serve(listener, public).await.expect("the server runs") });
