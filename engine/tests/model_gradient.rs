@@ -132,6 +132,29 @@ impl Naive {
     }
 }
 
+/// Checks the autograd gradient of a formula against finite differences along a direction that moves every parameter.
+fn check_formula(base: &TinyModel, lora: &LoraParams, rows: &[Row], gradient: &[f32]) {
+    let values: Vec<f32> = lora.flat().to_vec1().unwrap();
+    let direction: Vec<f64> = (0..values.len()).map(|place| ((place * 7919 + 13) % 101) as f64 / 50.0 - 1.0).collect();
+    let step = 1e-5;
+    let at = |sign: f64| {
+        let naive = Naive::new(base, lora);
+        let mut place = 0;
+        for var in &naive.vars {
+            let moved = &direction[place..place + var.elem_count()];
+            place += var.elem_count();
+            let moved = Tensor::new(moved, &Device::Cpu).unwrap().reshape(var.shape()).unwrap();
+            var.set(&(var.as_tensor() + (moved * (sign * step)).unwrap()).unwrap()).unwrap();
+        }
+        rows.iter().map(|row| naive.loss(row).to_scalar::<f64>().unwrap()).sum::<f64>() * 0.125
+    };
+    let numeric = (at(1.0) - at(-1.0)) / (2.0 * step);
+    let exact: f64 = gradient.iter().zip(&direction).map(|(&g, d)| f64::from(g) * d).sum();
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let scale = norm(&mut gradient.iter().map(|&g| f64::from(g))) * norm(&mut direction.iter().copied());
+    assert!((numeric - exact).abs() <= 1e-6 * scale, "{numeric} against {exact}, of {scale}");
+}
+
 fn softmax(scores: &Tensor) -> Tensor {
     let max = scores.max_keepdim(D::Minus1).unwrap().detach();
     let e = scores.broadcast_sub(&max).unwrap().exp().unwrap();
@@ -174,6 +197,7 @@ fn backward_of_the_whole_model_is_the_gradient_of_its_formula() {
                 store.get(var).unwrap().flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
             })
             .collect();
+        check_formula(base, &lora, &rows, &expected);
         let (loss, gradient) = ours(&naive.model, &lora, &rows, false);
         let total = total.to_scalar::<f64>().unwrap();
         assert!((loss - total).abs() < 1e-5 * total, "{loss} not {total}");
