@@ -109,6 +109,6 @@ cat <<EOF
 
   Chat here      $lorad chat --base $base_file --adapter $out/adapter
   llama.cpp      llama-cli -m $gguf
-  Ollama         printf 'FROM %s\n' "\$PWD/$gguf" > Modelfile && ollama create pimwick -f Modelfile && ollama run pimwick
+  Ollama         printf 'FROM %s\n' "$(realpath "$gguf")" > Modelfile && ollama create pimwick -f Modelfile && ollama run pimwick
   LM Studio      lms import $gguf
 EOF
