@@ -57,7 +57,7 @@ create table attempt (
     lease_expires_at_ms integer not null,            -- until when silence is no death
     progress integer not null default 0,             -- the worker's own count of what it got done
     progress_at_ms integer not null,                 -- when that count last grew
-    outcome text,                                    -- succeeded, failed, stopped, crashed, server_ended; null until ended
+    outcome text,                                    -- succeeded, failed, stopped, crashed, not_started, server_ended; null until ended
     created_at_ms integer not null,                  -- when it was made
     ended_at_ms integer                              -- when it ended
 ) strict;

@@ -1,6 +1,7 @@
 //! The command line: one role a command, each with its one `run`.
 
 use std::io::IsTerminal;
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lorad::{cli, worker};
@@ -28,9 +29,19 @@ enum Role {
     Openapi,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lorad: {}", in_one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.role {
         Role::Serve(options) => cli::serve::run(options),
         Role::Worker(options) => worker::run(options),
@@ -39,6 +50,18 @@ fn main() -> anyhow::Result<()> {
         Role::Logits(args) => cli::logits::run(&args),
         Role::Openapi => cli::openapi::run(),
     }
+}
+
+/// An error and its causes; a cause that the text before it has told already is left out.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line.push_str(if line.is_empty() { "" } else { ": " });
+            line.push_str(&cause);
+        }
+    }
+    line
 }
 
 /// The log goes to stderr; `RUST_LOG` filters it, `info` unless said otherwise.

@@ -34,7 +34,7 @@ impl ModelArgs {
         }
         let flags = Flags { models_dir: self.models_dir.clone(), ..Flags::default() };
         let hub = Hub::from_config(&Config::load(&flags)?);
-        let model = hub.fetch(&self.base).with_context(|| format!("there is no file `{}` either", self.base))?;
+        let model = hub.fetch(&self.base).with_context(|| format!("`{}` is no file here", self.base))?;
         Ok((self.base.clone(), model.path))
     }
 }

@@ -131,7 +131,7 @@ fn wrong_arguments_are_told_by_name() {
     let home = Home::new();
     std::fs::write(home.path("broken.jsonl"), "{\"messages\": [\n").expect("a file");
     std::fs::write(home.path("none.gguf"), "GGUF").expect("a file");
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["--learning-rate", "NaN"], "training.learning_rate must be in (0, 1], got `NaN`"),
         (&["--learning-rate", "-1"], "training.learning_rate must be in (0, 1], got `-1`"),
         (&["--r", "0"], "lora.r must be from 1 to 1024, got `0`"),
@@ -141,6 +141,7 @@ fn wrong_arguments_are_told_by_name() {
         (&["--init-from", "nowhere"], "nowhere/adapter_config.json"),
         (&["--data", "broken.jsonl"], "broken.jsonl"),
         (&["--base", "none.gguf"], "none.gguf"),
+        (&["--base", "nothing"], "lorad: `nothing` is no file here: the model `nothing` does not exist"),
     ];
     for (arguments, message) in cases {
         let mut all = vec!["train", "--out", "out"];

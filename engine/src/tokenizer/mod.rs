@@ -295,7 +295,7 @@ fn build_bpe(pre: &Pre, vocabulary: Vocab, merges: &[String]) -> Result<tokenize
     let missing = (0..=0xF4u8).filter(|&b| !matches!(b, 0xC0 | 0xC1)).map(byte_level::byte_to_char);
     let missing = missing.filter(|c| !vocabulary.contains_key(c.to_string().as_str())).count();
     if missing > 0 {
-        tracing::warn!(missing, "the vocabulary lacks tokens for some bytes, characters with such bytes are lost");
+        tracing::debug!(missing, "the vocabulary lacks tokens for some bytes, characters with such bytes are lost");
     }
     let merges = merges.iter().map(|merge| split_merge(merge, &vocabulary)).collect::<Result<Vec<_>>>()?;
     let model = BPE::builder()
