@@ -5,6 +5,7 @@ mod encode;
 mod error;
 mod format;
 mod jinja;
+mod judge;
 mod reader;
 mod report;
 mod template;
@@ -16,7 +17,6 @@ use std::io::BufReader;
 use std::path::Path;
 
 use rayon::prelude::*;
-use serde_json::{Map, Value};
 
 pub use batch::{Loader, MicroBatch, NO_LABEL};
 pub use encode::chat_prompt;
@@ -24,12 +24,12 @@ pub use error::DatasetError;
 pub use report::{BadRow, BadRowCode, Format, LISTED_BAD_ROWS, Report};
 pub use template::{ChatTemplate, Message, Role};
 
-use crate::spec::{DatasetFormat, TrainOn, TrainSpec};
+use crate::spec::{DatasetFormat, TrainSpec};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use encode::EncodeError;
+use judge::{Judge, JudgedRow, ParsedRow};
 use reader::{RawRow, RowReader};
-use report::Problem;
 
 /// Rows that a training needs, as OpenAI has it.
 pub const MIN_ROWS: u64 = 10;
@@ -151,59 +151,6 @@ fn next_rows<R: std::io::BufRead>(reader: &mut RowReader<R>) -> std::io::Result<
         rows.push(row);
     }
     Ok(rows)
-}
-
-/// A row's JSON, or why it is none, and where it stands.
-struct ParsedRow {
-    line: u64,
-    row: u64,
-    object: Result<Map<String, Value>, Problem>,
-}
-
-impl ParsedRow {
-    fn new(raw: RawRow) -> Self {
-        let RawRow { line, row, text } = raw;
-        match text.map(|text| format::parse_json(&text)) {
-            Ok(Ok(object)) => Self { line, row, object: Ok(object) },
-            Ok(Err((lines_down, problem))) => Self { line: line + lines_down, row, object: Err(problem) },
-            Err(problem) => Self { line, row, object: Err(problem) },
-        }
-    }
-}
-
-/// What came of a row.
-struct JudgedRow {
-    line: u64,
-    row: u64,
-    ignored: Vec<String>,
-    tokens: Result<Row, EncodeError>,
-}
-
-/// Everything that judging a row takes.
-struct Judge<'a> {
-    template: ChatTemplate,
-    tokenizer: &'a Tokenizer,
-    train_on: TrainOn,
-    max_seq_length: usize,
-}
-
-impl Judge<'_> {
-    fn judge(&self, parsed: ParsedRow, format: Option<Format>) -> JudgedRow {
-        let ParsedRow { line, row, object } = parsed;
-        let example = object.and_then(|object| {
-            // Without a format there is no object among the rows so far, and so none here.
-            let format = format.unwrap_or(Format::Chat);
-            format::parse_row(&object, format)
-        });
-        match example {
-            Err(problem) => JudgedRow { line, row, ignored: Vec::new(), tokens: Err(EncodeError::Row(problem)) },
-            Ok(example) => {
-                let (template, train_on, max_tokens) = (&self.template, self.train_on, self.max_seq_length);
-                let tokens = encode::encode_row(&example.messages, template, self.tokenizer, train_on, max_tokens);
-                JudgedRow { line, row, ignored: example.ignored, tokens }
-            }
-        }
-    }
 }
 
 fn add_row(dataset: &mut Dataset, judged: JudgedRow, max_seq_length: usize, keep: bool) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::spec::Template;
+use crate::spec::TrainOn;
 
 fn messages(turns: &[(Role, &str)]) -> Vec<Message> {
     turns.iter().map(|&(role, content)| Message::new(role, content)).collect()

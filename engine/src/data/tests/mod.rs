@@ -6,6 +6,8 @@ mod rows;
 
 use std::io::Write;
 
+use serde_json::Value;
+
 use super::*;
 use crate::tokenizer::Metadata;
 

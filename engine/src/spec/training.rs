@@ -1,0 +1,193 @@
+//! The training loop's hyperparameters.
+
+use serde::{Deserialize, Serialize};
+
+use super::{BASE_LEARNING_RATE, SpecError, TrainOptions, check};
+
+/// How the learning rate falls after warm-up, as Hugging Face defines it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScheduler {
+    /// In a straight line to 0 at the last step.
+    #[default]
+    Linear,
+}
+
+/// Which activations a layer keeps for its backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GradientCheckpointing {
+    /// Decided from the memory there is; today the same as `none`.
+    #[default]
+    Auto,
+    /// Everything backward needs is kept.
+    None,
+    /// Only each block's input is kept; the rest is computed again.
+    Full,
+}
+
+/// The optimizer over the LoRA parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// AdamW, moments in f32.
+    #[default]
+    #[serde(rename = "adamw")]
+    AdamW,
+}
+
+/// What a caller said about the training loop.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TrainingOptions {
+    /// Optimizer steps, instead of epochs.
+    pub max_steps: Option<u32>,
+    /// Rows computed at once.
+    pub micro_batch_size: Option<u32>,
+    /// Micro-batches a step.
+    pub gradient_accumulation_steps: Option<u32>,
+    /// Peak learning rate.
+    pub learning_rate: Option<f64>,
+    /// Steps in which the learning rate rises from 0.
+    pub warmup_steps: Option<u32>,
+    /// Schedule after warm-up.
+    pub lr_scheduler: Option<LrScheduler>,
+    /// Decoupled weight decay.
+    pub weight_decay: Option<f64>,
+    /// Optimizer.
+    pub optimizer: Option<Optimizer>,
+    /// Largest global norm of the gradient.
+    pub max_grad_norm: Option<f64>,
+    /// Tokens a row may have.
+    pub max_seq_length: Option<u32>,
+    /// Whether rows are drawn in a new order every epoch.
+    pub shuffle: Option<bool>,
+    /// Which activations are kept.
+    pub gradient_checkpointing: Option<GradientCheckpointing>,
+    /// Steps between listed checkpoints; `None`: one at the end of each epoch.
+    pub save_steps: Option<u32>,
+}
+
+/// The training loop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainingSpec {
+    /// Optimizer steps, at least 1; `None`: as many as `n_epochs` make.
+    pub max_steps: Option<u32>,
+    /// Rows a step, 1 to 65536. Default 8.
+    pub batch_size: u32,
+    /// Rows computed at once, 1 to batch_size. Default 2.
+    pub micro_batch_size: u32,
+    /// Peak learning rate, in (0, 1]. Default 2e-4.
+    pub learning_rate: f64,
+    /// Steps in which the learning rate rises from 0. Default 5.
+    pub warmup_steps: u32,
+    /// Schedule after warm-up. Default linear.
+    pub lr_scheduler: LrScheduler,
+    /// Decoupled weight decay, in [0, 1]. Default 0.01.
+    pub weight_decay: f64,
+    /// Optimizer. Default AdamW.
+    pub optimizer: Optimizer,
+    /// Largest global norm of the gradient, 1e-6 to 1e6. Default 1.
+    pub max_grad_norm: f64,
+    /// Tokens a row may have, 2 to the model's context length; longer rows are cut and counted. Default 2048, or the model's
+    /// context length where that is less.
+    pub max_seq_length: Option<u32>,
+    /// A new row order every epoch. Default true.
+    pub shuffle: bool,
+    /// Which activations are kept. Default auto.
+    pub gradient_checkpointing: GradientCheckpointing,
+    /// Steps between listed checkpoints; `None`: one at the end of each epoch.
+    pub save_steps: Option<u32>,
+}
+
+pub(super) fn resolve(options: &TrainOptions) -> Result<TrainingSpec, SpecError> {
+    let training = &options.training;
+    let (batch_size, micro_batch_size) = resolve_batch(options)?;
+    let learning_rate = resolve_learning_rate(options)?;
+    let weight_decay = training.weight_decay.unwrap_or(0.01);
+    check((0.0..=1.0).contains(&weight_decay), "training.weight_decay", weight_decay, "in [0, 1]")?;
+    let max_grad_norm = training.max_grad_norm.unwrap_or(1.0);
+    let norm_ok = (1e-6..=1e6).contains(&max_grad_norm);
+    check(norm_ok, "training.max_grad_norm", max_grad_norm, "from 0.000001 to 1000000")?;
+    let warmup_steps = training.warmup_steps.unwrap_or(5);
+    check(warmup_steps <= 1_000_000, "training.warmup_steps", warmup_steps, "at most 1000000")?;
+    for (field, value, least) in [
+        ("training.max_steps", training.max_steps, 1),
+        ("training.save_steps", training.save_steps, 1),
+        ("training.max_seq_length", training.max_seq_length, 2),
+    ] {
+        if let Some(value) = value {
+            check((least..=10_000_000).contains(&value), field, value, &format!("from {least} to 10000000"))?;
+        }
+    }
+    Ok(TrainingSpec {
+        max_steps: training.max_steps,
+        batch_size,
+        micro_batch_size,
+        learning_rate,
+        warmup_steps,
+        lr_scheduler: training.lr_scheduler.unwrap_or_default(),
+        weight_decay,
+        optimizer: training.optimizer.unwrap_or_default(),
+        max_grad_norm,
+        max_seq_length: training.max_seq_length,
+        shuffle: training.shuffle.unwrap_or(true),
+        gradient_checkpointing: training.gradient_checkpointing.unwrap_or_default(),
+        save_steps: training.save_steps,
+    })
+}
+
+/// Rows a step and rows at once. OpenAI's `batch_size` and the pair of lorad's names are two ways to say the same.
+fn resolve_batch(options: &TrainOptions) -> Result<(u32, u32), SpecError> {
+    let training = &options.training;
+    let accumulation = training.gradient_accumulation_steps;
+    if let Some(steps) = accumulation {
+        check((1..=65536).contains(&steps), "training.gradient_accumulation_steps", steps, "from 1 to 65536")?;
+    }
+    let said = training.micro_batch_size;
+    if let Some(size) = said {
+        check((1..=4096).contains(&size), "training.micro_batch_size", size, "from 1 to 4096")?;
+    }
+    let batch_size = match options.batch_size {
+        Some(batch_size) => {
+            check((1..=65536).contains(&batch_size), "batch_size", batch_size, "from 1 to 65536")?;
+            if let Some(steps) = accumulation {
+                let micro = said.unwrap_or(2);
+                let right = format!("micro_batch_size {micro} × gradient_accumulation_steps {steps}");
+                check(micro.checked_mul(steps) == Some(batch_size), "batch_size", batch_size, &right)?;
+            }
+            batch_size
+        }
+        None => {
+            let micro = said.unwrap_or(2);
+            let steps = accumulation.unwrap_or(4);
+            let rows = micro.saturating_mul(steps);
+            let right = "at most 65536 with micro_batch_size";
+            check(rows <= 65536, "training.gradient_accumulation_steps", steps, right)?;
+            rows
+        }
+    };
+    let micro_batch_size = said.unwrap_or(2).min(batch_size);
+    if let Some(size) = said {
+        let right = format!("at most batch_size {batch_size}");
+        check(size <= batch_size, "training.micro_batch_size", size, &right)?;
+    }
+    Ok((batch_size, micro_batch_size))
+}
+
+fn resolve_learning_rate(options: &TrainOptions) -> Result<f64, SpecError> {
+    let said = options.training.learning_rate;
+    if let Some(rate) = said {
+        check(rate > 0.0 && rate <= 1.0, "training.learning_rate", rate, "in (0, 1]")?;
+    }
+    let Some(multiplier) = options.learning_rate_multiplier else {
+        return Ok(said.unwrap_or(BASE_LEARNING_RATE));
+    };
+    let rate = multiplier * BASE_LEARNING_RATE;
+    let right = format!("in (0, {}]", 1.0 / BASE_LEARNING_RATE);
+    check(rate > 0.0 && rate <= 1.0, "learning_rate_multiplier", multiplier, &right)?;
+    if let Some(said) = said {
+        let right = format!("training.learning_rate {said} over {BASE_LEARNING_RATE}, or absent");
+        check((said - rate).abs() <= 1e-9 * said, "learning_rate_multiplier", multiplier, &right)?;
+    }
+    Ok(rate)
+}
