@@ -7,7 +7,7 @@
 //! Row order: in memory, rows of q_proj's and k_proj's `lora_b` stand in the model's own order. PEFT wants Hugging Face's, so
 //! for a model whose heads are interleaved (`llama` in GGUF) they are permuted on the way out and back on the way in.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use rand_chacha::ChaCha12Rng;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::files::write_atomically;
+use crate::files::{shorten, write_atomically};
 use crate::model::Shape;
 use crate::ops::rope::RopeLayout;
 use crate::ops::{host, host_mut};
@@ -205,12 +205,16 @@ impl LoraParams {
         let path = folder.join(WEIGHTS_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|error| damaged(&path, &error))?;
-        let expected = self.layout.pairs().count() * 2;
+        let mut unread: BTreeSet<&str> = tensors.names().into_iter().collect();
         for (layer, target, ..) in self.layout.pairs() {
             let pair = self.pair(layer, target).expect("the layout lists this pair");
             for (letter, view) in [("A", &pair.lora_a), ("B", &pair.lora_b)] {
                 let name = peft_name(layer, target, letter);
+                // Named adapters keep their name in files that were not written by PEFT's own `save_pretrained`.
+                let named = name.replace(".weight", ".default.weight");
+                let name = if unread.contains(&*named) { named } else { name };
                 let found = tensors.tensor(&name).map_err(|_| Error::Adapter(format!("it has no tensor `{name}`")))?;
+                unread.remove(&*name);
                 let mut values = values_of(&name, &found, view.dims())?;
                 if letter == "B" {
                     values = self.permuted(target, &values, Direction::ToModel);
@@ -221,9 +225,14 @@ impl LoraParams {
                 })?;
             }
         }
-        match tensors.names().len() {
-            found if found == expected => Ok(()),
-            found => Err(Error::Adapter(format!("it has {found} tensors, the run's LoRA has {expected}"))),
+        match unread.first() {
+            None => Ok(()),
+            Some(name) => {
+                let (name, more) = (shorten(name), unread.len() - 1);
+                Err(Error::Adapter(format!(
+                    "its tensor `{name}` (and {more} more) has no place in the LoRA of its config"
+                )))
+            }
         }
     }
 
@@ -305,6 +314,36 @@ struct PeftConfig {
     rank_pattern: serde_json::Map<String, serde_json::Value>,
     #[serde(default)]
     alpha_pattern: serde_json::Map<String, serde_json::Value>,
+    /// What other versions and methods of PEFT have beside these.
+    #[serde(flatten)]
+    rest: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Fields of PEFT's that change what an adapter computes in ways that are not supported here, unless they say nothing.
+const MUST_BE_UNSET: [&str; 9] = [
+    "use_qalora",
+    "lora_bias",
+    "layers_to_transform",
+    "layer_replication",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+];
+
+/// Starts that take something away from the base's weights, which are then not those of the base model.
+const CHANGES_THE_BASE: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+
+/// Null, false, or empty.
+fn is_unset(value: &serde_json::Value) -> bool {
+    match value {
+        serde_json::Value::Null | serde_json::Value::Bool(false) => true,
+        serde_json::Value::String(text) => text.is_empty(),
+        serde_json::Value::Array(items) => items.is_empty(),
+        serde_json::Value::Object(fields) => fields.is_empty(),
+        serde_json::Value::Bool(true) | serde_json::Value::Number(_) => false,
+    }
 }
 
 fn no_bias() -> String {
@@ -330,6 +369,7 @@ impl PeftConfig {
             modules_to_save: None,
             rank_pattern: serde_json::Map::new(),
             alpha_pattern: serde_json::Map::new(),
+            rest: serde_json::Map::new(),
         }
     }
 
@@ -339,18 +379,33 @@ impl PeftConfig {
             ("bias", self.bias != "none"),
             ("use_dora", self.use_dora),
             ("fan_in_fan_out", self.fan_in_fan_out),
-            ("modules_to_save", self.modules_to_save.is_some_and(|modules| !modules.is_empty())),
+            ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty())),
             ("rank_pattern", !self.rank_pattern.is_empty()),
             ("alpha_pattern", !self.alpha_pattern.is_empty()),
         ];
-        if let Some((field, _)) = unsupported.iter().find(|(_, wrong)| *wrong) {
+        let unsupported = unsupported.into_iter().filter(|(_, wrong)| *wrong).map(|(field, _)| field);
+        let set = |field: &&str| self.rest.get(*field).is_some_and(|value| !is_unset(value));
+        if let Some(field) = unsupported.chain(MUST_BE_UNSET.into_iter().filter(set)).next() {
             return Err(Error::Adapter(format!("{CONFIG_FILE} has a `{field}` that is not supported")));
         }
+        if let Some(start) = self.init_lora_weights.as_str()
+            && CHANGES_THE_BASE.iter().any(|kind| start.starts_with(kind))
+        {
+            let start = shorten(start);
+            let message = format!(
+                "has init_lora_weights `{start}`, whose base is not the base model: convert it to plain LoRA first"
+            );
+            return Err(Error::Adapter(format!("{CONFIG_FILE} {message}")));
+        }
+        let plain = |name: &String| {
+            let plain = name.strip_prefix("self_attn.").or_else(|| name.strip_prefix("mlp."));
+            plain.unwrap_or(name).to_owned()
+        };
         let options = crate::spec::LoraOptions {
             r: Some(self.r),
             alpha: Some(self.lora_alpha),
             use_rslora: Some(self.use_rslora),
-            target_modules: Some(self.target_modules),
+            target_modules: Some(self.target_modules.iter().map(plain).collect()),
         };
         let spec = crate::spec::TrainOptions { lora: options, ..Default::default() };
         let resolved = crate::spec::TrainSpec::resolve(&spec);
@@ -472,5 +527,74 @@ mod tests {
         let error = other.load_peft(folder.path()).unwrap_err().to_string();
         assert!(error.contains("layers.0.self_attn.q_proj.lora_A.weight` has shape [16, "), "{error}");
         assert!(other.load_peft(Path::new("/nowhere")).is_err());
+    }
+
+    #[test]
+    fn adapters_that_others_trained_are_read_or_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let written = params(RopeLayout::Interleaved, 7);
+        written.save_peft(folder.path(), "base").unwrap();
+        let (config_path, weights_path) = (folder.path().join(CONFIG_FILE), folder.path().join(WEIGHTS_FILE));
+        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&config_path).unwrap()).unwrap();
+        let read = |field: &str, value: serde_json::Value| {
+            let mut config = config.clone();
+            config[field] = value;
+            std::fs::write(&config_path, config.to_string()).unwrap();
+            peft_spec(folder.path()).map_err(|error| error.to_string())
+        };
+        for (field, value) in [
+            ("target_modules", serde_json::json!(["self_attn.q_proj", "mlp.up_proj"])),
+            ("layers_to_transform", serde_json::Value::Null),
+            ("init_lora_weights", "gaussian".into()),
+            ("loftq_config", serde_json::json!({})),
+        ] {
+            assert!(read(field, value).is_ok(), "{field}");
+        }
+        for (field, value) in [
+            ("bias", serde_json::json!("all")),
+            ("use_dora", true.into()),
+            ("modules_to_save", serde_json::json!(["lm_head"])),
+            ("rank_pattern", serde_json::json!({"q_proj": 4})),
+            ("alpha_pattern", serde_json::json!({"q_proj": 4})),
+            ("layers_to_transform", serde_json::json!([0])),
+            ("lora_bias", true.into()),
+            ("init_lora_weights", "pissa_niter_4".into()),
+            ("target_modules", serde_json::json!(["embed_tokens"])),
+            ("target_modules", "q_proj|k_proj".into()),
+            ("peft_type", "IA3".into()),
+        ] {
+            let error = read(field, value).unwrap_err();
+            assert!(error.contains(field) || error.contains("invalid type: string"), "{field}: {error}");
+        }
+
+        // The same values in 16 bits, under the names that PEFT's own state dict has.
+        let bytes = std::fs::read(&weights_path).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let halves: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+            .tensors()
+            .into_iter()
+            .map(|(name, view)| {
+                let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                let half = values.flat_map(|value| half::bf16::from_f32(value).to_le_bytes()).collect();
+                (name.replace(".weight", ".default.weight"), view.shape().to_vec(), half)
+            })
+            .collect();
+        let save = |extra: bool| {
+            let views = halves
+                .iter()
+                .map(|(name, shape, half)| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), half).unwrap()));
+            let more = extra.then(|| {
+                ("base_model.model.lm_head.weight".to_owned(), TensorView::new(Dtype::U8, vec![1], &[1]).unwrap())
+            });
+            std::fs::write(&weights_path, safetensors::serialize(views.chain(more), None).unwrap()).unwrap();
+        };
+        save(false);
+        let read = LoraParams::zeros(written.layout().clone()).unwrap();
+        read.load_peft(folder.path()).unwrap();
+        let (a, b) = (host(written.flat()).unwrap().to_vec(), host(read.flat()).unwrap().to_vec());
+        assert!(a.iter().zip(&b).all(|(a, b)| half::bf16::from_f32(*a).to_f32() == *b));
+        save(true);
+        let error = read.load_peft(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("`base_model.model.lm_head.weight`"), "{error}");
     }
 }

@@ -1,6 +1,8 @@
 //! Small things about files: writes that are whole or absent, and texts from files that are fit for a message.
 
+use std::fs::Permissions;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use crate::{Error, Result};
@@ -11,7 +13,9 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(folder))?;
+    let permissions = Permissions::from_mode(0o666); // less what the user's umask takes away
+    let file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder);
+    let mut file = file.map_err(Error::io(folder))?;
     file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
     file.persist(path).map_err(|error| Error::io(path)(error.error))?;
     let folder_file = std::fs::File::open(folder).map_err(Error::io(folder))?;

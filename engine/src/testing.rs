@@ -7,8 +7,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::Result;
+use crate::adapter::{LoraLayout, LoraParams};
 use crate::gguf::{Array, TensorSpec, Value, Writer};
+use crate::model::Shape;
 use crate::model::weights::quantize;
+use crate::spec::{LoraSpec, TrainSpec};
 
 /// A random `llama` model, small enough that a test trains it in moments.
 ///
@@ -150,6 +153,21 @@ impl TinyModel {
         ];
         pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     }
+}
+
+/// A LoRA on all seven projections whose values are random, seen as such in what a model computes.
+///
+/// # Errors
+/// Only a fault in the tensors' library.
+pub fn random_lora(shape: &Shape, rank: u32) -> Result<LoraParams> {
+    let spec = LoraSpec { r: rank, alpha: f64::from(rank), ..TrainSpec::default().lora };
+    let lora = LoraParams::zeros(LoraLayout::new(&spec, shape))?;
+    let mut random = ChaCha8Rng::seed_from_u64(2);
+    crate::ops::host_mut(lora.flat(), |values| {
+        values.fill_with(|| 0.1 * normal(&mut random));
+        Ok(())
+    })?;
+    Ok(lora)
 }
 
 /// The folder of real files that some tests read: `LORAD_SHARED_DATA`, or `shared/data` beside the repository. Where it is

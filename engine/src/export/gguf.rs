@@ -109,7 +109,7 @@ fn merged_tensor<'a>(
 }
 
 /// The layer and projection whose weight has that name.
-fn projection(name: &str) -> Option<(usize, Target)> {
+pub(super) fn projection(name: &str) -> Option<(usize, Target)> {
     let (layer, part) = name.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
     let target = match part {
         "attn_q" => Target::QProj,

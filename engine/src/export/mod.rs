@@ -1,7 +1,16 @@
-//! What a run leaves behind besides its adapter: a GGUF file of the base with the LoRA merged in.
+//! What a tuned model is taken away as: an adapter for PEFT or llama.cpp, or merged with its base as GGUF or safetensors.
 
 mod gguf;
+mod gguf_lora;
+mod hf_config;
 mod merge;
+mod merged;
+mod model_card;
+mod ollama;
+mod parity;
+mod safetensors;
+mod tokenizer_json;
+mod tuned;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -18,6 +27,10 @@ use crate::ops::host;
 use crate::spec::{LoraSpec, Target};
 
 pub use gguf::merged_gguf;
+pub use gguf_lora::{gguf_lora, read_gguf_lora};
+pub use model_card::{ModelCard, TrainingFacts};
+pub use parity::Certificate;
+pub use tuned::{ExportKind, Exported, OnProgress, Tuned, Wanted};
 
 /// How the matrices of an exported GGUF file are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -233,7 +233,7 @@ fn zero(x: &Tensor) -> Result<()> {
 }
 
 /// A projection's tensor name in a `llama` GGUF file.
-fn gguf_name(layer: usize, target: Target) -> String {
+pub(crate) fn gguf_name(layer: usize, target: Target) -> String {
     let name = match target {
         Target::QProj => "attn_q",
         Target::KProj => "attn_k",

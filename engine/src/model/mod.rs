@@ -6,5 +6,6 @@ mod linear;
 mod llama;
 pub mod weights;
 
+pub(crate) use block::gguf_name;
 pub use config::{Config, Shape};
 pub use llama::{KvCache, Llama};

@@ -213,6 +213,11 @@ impl Tokenizer {
         self.kinds.get(id as usize) == Some(&Kind::Control)
     }
 
+    /// Whether a token is found by its text before words are cut.
+    pub(crate) fn is_special(&self, id: u32) -> bool {
+        matches!(self.kinds.get(id as usize), Some(Kind::Control | Kind::Unknown | Kind::UserDefined))
+    }
+
     /// The token that begins a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos
