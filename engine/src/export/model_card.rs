@@ -1,9 +1,15 @@
 //! The README.md of an adapter's folder: what it is, how it was trained, how to use it. Never a word of the training text.
 
 use std::fmt::Write;
+use std::path::Path;
 
+use crate::adapter::LoraParams;
 use crate::data::Report;
+use crate::files::write_atomically;
 use crate::spec::{LoraSpec, Target, TrainSpec};
+use crate::{Error, Result};
+
+const CARD_FILE: &str = "README.md";
 
 /// What a model card tells.
 #[derive(Debug, Clone)]
@@ -34,6 +40,16 @@ pub struct TrainingFacts<'a> {
 }
 
 impl ModelCard<'_> {
+    /// Writes the LoRA's PEFT folder with this card in it.
+    ///
+    /// # Errors
+    /// A folder that cannot be written.
+    pub fn save_adapter(&self, lora: &LoraParams, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        write_atomically(&folder.join(CARD_FILE), self.markdown().as_bytes())?;
+        lora.save_peft(folder, self.base_model)
+    }
+
     /// The card in Markdown, with the front matter that model hubs read.
     pub fn markdown(&self) -> String {
         let Self { name, base_model, lora, training } = self;

@@ -160,7 +160,7 @@ impl Tuned<'_> {
         let path = item.path();
         match item.wanted.kind {
             ExportKind::Adapter => {
-                self.lora.save_adapter(&path, self.card)?;
+                self.card.save_adapter(self.lora, &path)?;
                 let read = LoraParams::zeros(self.lora.layout().clone())?;
                 read.load_peft(&path)?;
                 reference.certify(self.model, Some(&read), ADAPTER_BOUND).map(Some)
