@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
+use lorad_engine::quant::BlockType;
 use lorad_engine::testing::TinyModel;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -14,10 +14,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     if let Some(name) = arguments.get(2) {
         let dtype = match name.as_str() {
-            "F32" => GgmlDType::F32,
-            "F16" => GgmlDType::F16,
-            "Q8_0" => GgmlDType::Q8_0,
-            "Q4_0" => GgmlDType::Q4_0,
+            "F32" => BlockType::F32,
+            "F16" => BlockType::F16,
+            "Q8_0" => BlockType::Q8_0,
+            "Q4_0" => BlockType::Q4_0,
             other => return Err(format!("the type must be F32, F16, Q8_0 or Q4_0, got `{other}`").into()),
         };
         model.dtypes = vec![dtype];

@@ -9,6 +9,7 @@ pub mod generate;
 pub mod gguf;
 pub mod model;
 pub mod ops;
+pub mod quant;
 pub mod spec;
 #[doc(hidden)]
 pub mod testing;

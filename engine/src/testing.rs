@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -10,7 +9,7 @@ use crate::Result;
 use crate::adapter::{LoraLayout, LoraParams};
 use crate::gguf::{Array, TensorSpec, Value, Writer};
 use crate::model::Shape;
-use crate::model::weights::quantize;
+use crate::quant::{BlockType, quantize};
 use crate::spec::{LoraSpec, TrainSpec};
 
 /// A random `llama` model, small enough that a test trains it in moments.
@@ -38,7 +37,7 @@ pub struct TinyModel {
     /// Seed of every weight.
     pub seed: u64,
     /// Stored types that the matrices take in turn; F16 where a row is no multiple of the type's block.
-    pub dtypes: Vec<GgmlDType>,
+    pub dtypes: Vec<BlockType>,
 }
 
 impl Default for TinyModel {
@@ -53,7 +52,7 @@ impl Default for TinyModel {
             rope_freqs: false,
             context_length: 512,
             seed: 1,
-            dtypes: vec![GgmlDType::Q8_0],
+            dtypes: vec![BlockType::Q8_0],
         }
     }
 }
@@ -90,11 +89,11 @@ impl TinyModel {
         let mut tensors = Vec::new();
         let mut turn = self.dtypes.iter().cycle();
         let mut put = |name: String, shape: &[usize]| {
-            let matrix = (shape.len() > 1).then(|| *turn.next().unwrap_or(&GgmlDType::F32));
+            let matrix = (shape.len() > 1).then(|| *turn.next().unwrap_or(&BlockType::F32));
             let dtype = match matrix {
-                None => GgmlDType::F32,
-                Some(dtype) if shape[1].is_multiple_of(dtype.block_size()) => dtype,
-                Some(_) => GgmlDType::F16,
+                None => BlockType::F32,
+                Some(dtype) if shape[1].is_multiple_of(dtype.block_values()) => dtype,
+                Some(_) => BlockType::F16,
             };
             tensors.push(TensorSpec { name, shape: shape.to_vec(), dtype });
         };

@@ -4,11 +4,12 @@
 use std::path::Path;
 use std::process::Command;
 
-use candle_core::quantized::{GgmlDType, gguf_file};
+use candle_core::quantized::gguf_file;
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::ModelWeights;
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
+use lorad_engine::quant::BlockType;
 use lorad_engine::testing::TinyModel;
 
 /// Candle's quantized products round the activations unless this is set, and it is read once a thread.
@@ -47,7 +48,7 @@ fn largest_difference(path: &Path, tokens: &[u32]) -> f32 {
 #[test]
 fn tiny_models_of_every_stored_type_agree() {
     with_dequantized_weights("tiny_models_of_every_stored_type_agree", || {
-        use GgmlDType::{F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        use BlockType::{F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
         let small = TinyModel { dtypes: vec![F32, Q4_0, F16, Q4_1, Q8_0, Q5_0, Q5_1], ..TinyModel::default() };
         let wide = TinyModel {
             hidden: 256,

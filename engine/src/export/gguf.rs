@@ -7,12 +7,11 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
-
 use super::merge::MergedTensor;
 use super::{Deltas, ExportReport, Merge, Progress, Quantization};
 use crate::gguf::{DEFAULT_ALIGNMENT, GgufFile, TensorInfo, TensorSpec, Value, Writer, same_bytes};
-use crate::model::weights::{Weight, row_bytes};
+use crate::model::weights::Weight;
+use crate::quant::BlockType;
 use crate::spec::Target;
 use crate::{Error, Result};
 
@@ -87,9 +86,9 @@ pub fn merged_gguf(
 fn spec_of(tensor: &TensorInfo, quantization: Quantization) -> TensorSpec {
     let dtype = quantization.dtype();
     let dtype = match tensor.shape.len() {
-        1 => GgmlDType::F32,
-        _ if tensor.columns().is_multiple_of(dtype.block_size()) => dtype,
-        _ => GgmlDType::F16,
+        1 => BlockType::F32,
+        _ if tensor.columns().is_multiple_of(dtype.block_values()) => dtype,
+        _ => BlockType::F16,
     };
     TensorSpec { name: tensor.name.clone(), shape: tensor.shape.clone(), dtype }
 }
@@ -98,7 +97,7 @@ fn merged_tensor<'a>(
     merge: &Merge<'_>,
     delta: Deltas<'_, 'a>,
     tensor: &TensorInfo,
-    dtype: GgmlDType,
+    dtype: BlockType,
 ) -> Result<MergedTensor<'a>> {
     let delta = match projection(&tensor.name) {
         Some((layer, target)) if merge.lora.target_modules.contains(&target) => delta(layer, target),
@@ -177,7 +176,7 @@ fn check_tensor(
 ) -> Result<ControlFlow<()>> {
     let tensor = written.require_tensor(&spec.name)?;
     let stored = written.data(tensor)?;
-    let row_bytes = row_bytes(spec.dtype, tensor.columns());
+    let row_bytes = spec.dtype.row_bytes(tensor.columns());
     for rows in merged.bands() {
         if on_band().is_break() {
             return Ok(ControlFlow::Break(()));

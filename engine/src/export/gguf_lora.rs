@@ -8,13 +8,12 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
-
 use super::Progress;
 use crate::adapter::{LoraLayout, LoraPair, LoraParams};
 use crate::gguf::{GgufFile, TensorSpec, Value, Writer};
 use crate::model::{Shape, gguf_name};
 use crate::ops::{host, host_mut};
+use crate::quant::BlockType;
 use crate::spec::{LoraOptions, LoraSpec, Target, TrainOptions, TrainSpec};
 use crate::{Error, Result};
 
@@ -45,7 +44,7 @@ pub fn gguf_lora(
     let spec = |(name, tensor): &(String, candle_core::Tensor)| TensorSpec {
         name: name.clone(),
         shape: tensor.dims().to_vec(),
-        dtype: GgmlDType::F32,
+        dtype: BlockType::F32,
     };
     let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
     let mut writer = Writer::create(target, &metadata(lora.layout().spec(), name), &specs)?;

@@ -5,11 +5,11 @@
 
 use std::ops::Range;
 
-use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 
 use super::Delta;
-use crate::model::weights::{Weight, quantize};
+use crate::model::weights::Weight;
+use crate::quant::{BlockType, quantize};
 use crate::{Error, Result};
 
 /// Values of a band: 16 MiB of f32, so that a tensor of any size takes little memory.
@@ -21,7 +21,7 @@ pub(super) struct MergedTensor<'a> {
     weight: Weight,
     delta: Option<Delta<'a>>,
     scale: f32,
-    dtype: GgmlDType,
+    dtype: BlockType,
 }
 
 impl<'a> MergedTensor<'a> {
@@ -31,7 +31,7 @@ impl<'a> MergedTensor<'a> {
         weight: Weight,
         delta: Option<Delta<'a>>,
         (rank, scale): (usize, f32),
-        dtype: GgmlDType,
+        dtype: BlockType,
     ) -> Result<Self> {
         if let Some(Delta { lora_a, lora_b }) = &delta {
             let (rows, columns) = (weight.rows(), weight.columns());
@@ -93,8 +93,8 @@ impl<'a> MergedTensor<'a> {
     /// A value that the type cannot hold would be stored as infinity, or as anything.
     fn check_range(&self, values: &[f32], first_row: usize) -> Result<()> {
         let largest = match self.dtype {
-            GgmlDType::F32 => return Ok(()),
-            GgmlDType::F16 => F16_MAX,
+            BlockType::F32 => return Ok(()),
+            BlockType::F16 => F16_MAX,
             _ => F16_MAX * 127.0,
         };
         let Some(index) = values.iter().position(|value| value.is_nan() || value.abs() > largest) else {

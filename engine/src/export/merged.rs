@@ -6,8 +6,6 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
-
 use super::gguf::projection;
 use super::hf_config::Configs;
 use super::merge::MergedTensor;
@@ -20,6 +18,7 @@ use crate::gguf::{GgufFile, TensorInfo, TensorSpec, Writer};
 use crate::model::weights::Weight;
 use crate::model::{Config, Shape};
 use crate::ops::host;
+use crate::quant::BlockType;
 use crate::spec::Target;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -28,10 +27,10 @@ use crate::{Error, Result};
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 impl Float {
-    fn dtype(self) -> GgmlDType {
+    fn dtype(self) -> BlockType {
         match self {
-            Self::F16 => GgmlDType::F16,
-            Self::Bf16 => GgmlDType::BF16,
+            Self::F16 => BlockType::F16,
+            Self::Bf16 => BlockType::BF16,
         }
     }
 }
@@ -144,7 +143,7 @@ pub(super) fn bound_of_merged(base: &GgufFile) -> f64 {
 /// f16 where the base's matrices are, else bf16.
 fn float_of(base: &GgufFile) -> Float {
     let query = base.tensor("blk.0.attn_q.weight").and_then(|tensor| tensor.dtype().ok());
-    if query == Some(GgmlDType::F16) { Float::F16 } else { Float::Bf16 }
+    if query == Some(BlockType::F16) { Float::F16 } else { Float::Bf16 }
 }
 
 fn merged_tensor<'a>(
@@ -239,7 +238,7 @@ mod tests {
     #[test]
     fn the_folder_computes_what_base_and_lora_do() {
         for (tied, dtype, float, max_bytes) in
-            [(true, GgmlDType::Q8_0, "bfloat16", MAX_SHARD_BYTES), (false, GgmlDType::F16, "float16", 40_000)]
+            [(true, BlockType::Q8_0, "bfloat16", MAX_SHARD_BYTES), (false, BlockType::F16, "float16", 40_000)]
         {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("tiny.gguf");

@@ -17,13 +17,13 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
 use serde::Serialize;
 
 use crate::Result;
 use crate::adapter::LoraParams;
 use crate::gguf::GgufFile;
 use crate::ops::host;
+use crate::quant::BlockType;
 use crate::spec::{LoraSpec, Target};
 
 pub use gguf::merged_gguf;
@@ -60,10 +60,10 @@ impl Quantization {
         Self::ALL.into_iter().find(|quantization| quantization.name() == name)
     }
 
-    fn dtype(self) -> GgmlDType {
+    fn dtype(self) -> BlockType {
         match self {
-            Self::F16 => GgmlDType::F16,
-            Self::Q8_0 => GgmlDType::Q8_0,
+            Self::F16 => BlockType::F16,
+            Self::Q8_0 => BlockType::Q8_0,
         }
     }
 

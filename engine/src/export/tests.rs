@@ -11,6 +11,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Delta, Deltas, ExportReport, Merge, Progress, Quantization, merged_gguf};
 use crate::gguf::{GgufFile, Value};
+use crate::quant::BlockType;
 use crate::spec::{LoraSpec, Target};
 use crate::testing::TinyModel;
 use crate::{Error, Result};
@@ -22,7 +23,7 @@ fn lora() -> LoraSpec {
 }
 
 fn tiny(folder: &Path) -> GgufFile {
-    let dtypes = vec![GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::F32, GgmlDType::BF16, GgmlDType::Q5_1];
+    let dtypes = vec![BlockType::Q8_0, BlockType::Q4_0, BlockType::F32, BlockType::BF16, BlockType::Q5_1];
     // ffn_down has rows of 48, no multiple of 32.
     let model = TinyModel { tied: false, rope_freqs: true, intermediate: 48, dtypes, ..TinyModel::default() };
     let path = folder.join("tiny.gguf");
@@ -104,9 +105,9 @@ fn every_tensor_is_base_plus_lora_in_the_targets_rounding() {
             let name = &tensor.name;
             let dtype = tensor.dtype().expect("known");
             let expected = match (tensor.shape.len(), tensor.columns() % 32) {
-                (1, _) => GgmlDType::F32,
+                (1, _) => BlockType::F32,
                 (_, 0) => quantization.dtype(),
-                _ => GgmlDType::F16,
+                _ => BlockType::F16,
             };
             assert_eq!(dtype, expected, "{name}");
             let reference = candle_merge(&base, &folder.path().join("tiny.gguf"), name);
@@ -114,8 +115,8 @@ fn every_tensor_is_base_plus_lora_in_the_targets_rounding() {
             let largest = reference.abs().and_then(|t| t.flatten_all()?.max(0)?.to_scalar::<f32>()).expect("not empty");
             // Half a step: 1/127 of a block's largest value, whose scale is an f16; 11 bits of an f16.
             let tolerance = match dtype {
-                GgmlDType::F32 => 0.0,
-                GgmlDType::F16 => largest / 2048.0,
+                BlockType::F32 => 0.0,
+                BlockType::F16 => largest / 2048.0,
                 _ => largest * (0.5 / 127.0 + 1.0 / 2048.0),
             };
             let difference = largest_difference(&reference, &found);

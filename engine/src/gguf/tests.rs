@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::quantized::GgmlDType;
 use proptest::prelude::*;
 
 use super::{Array, GgufFile, StoredType, TensorSpec, Value, Writer};
 use crate::model::weights::MappedFile;
+use crate::quant::BlockType;
 
 fn read(bytes: &[u8]) -> Result<GgufFile, String> {
     let file = MappedFile::from_bytes(bytes).expect("a small copy");
@@ -66,7 +66,7 @@ fn small_file(folder: &Path) -> Vec<u8> {
         ("flag".to_owned(), Value::Bool(true)),
     ];
     let spec = |name: &str, shape: &[usize], dtype| TensorSpec { name: name.to_owned(), shape: shape.to_vec(), dtype };
-    let tensors = [spec("norm", &[3], GgmlDType::F32), spec("matrix", &[2, 32], GgmlDType::Q8_0)];
+    let tensors = [spec("norm", &[3], BlockType::F32), spec("matrix", &[2, 32], BlockType::Q8_0)];
     let target = folder.join("small.gguf");
     let mut writer = Writer::create(&target, &metadata, &tensors).expect("a good header");
     writer.write("norm", &[1; 12]).expect("the whole norm");
@@ -200,9 +200,9 @@ fn tensors_that_lie_are_refused() {
 
 #[test]
 fn a_type_that_cannot_be_dequantized_is_an_error_only_when_it_is_needed() {
-    let raw = Raw::new(3, 2, 0).tensor("new", &[32], 20, 0).tensor("newer", &[32], 999, 32).data(64);
+    let raw = Raw::new(3, 2, 0).tensor("new", &[32], 39, 0).tensor("newer", &[32], 999, 32).data(64);
     let file = read(&raw.0).expect("the header is fine");
-    for (name, stored) in [("new", "IQ4_NL"), ("newer", "type 999")] {
+    for (name, stored) in [("new", "MXFP4"), ("newer", "type 999")] {
         let tensor = file.require_tensor(name).expect("listed");
         let message = format!("invalid model: tensor `{name}` is stored as {stored}, which is not supported");
         assert_eq!(file.data(tensor).expect_err("not supported").to_string(), message);
@@ -214,7 +214,7 @@ fn a_type_that_cannot_be_dequantized_is_an_error_only_when_it_is_needed() {
 fn the_writer_takes_exactly_the_bytes_it_was_told_of() {
     let folder = tempfile::tempdir().expect("a folder");
     let target = folder.path().join("a.gguf");
-    let spec = |name: &str| TensorSpec { name: name.to_owned(), shape: vec![2], dtype: GgmlDType::F32 };
+    let spec = |name: &str| TensorSpec { name: name.to_owned(), shape: vec![2], dtype: BlockType::F32 };
     let create = |specs: &[TensorSpec]| Writer::create(&target, &[], specs);
     assert!(create(&[spec("a"), spec("a")]).expect_err("twice").to_string().contains("tensor `a` stands there twice"));
     let mut writer = create(&[spec("a"), spec("b")]).expect("a good header");
@@ -237,7 +237,7 @@ fn the_files_of_other_programs_are_read() {
     assert_eq!(file.require_tensor("blk.0.ffn_down.weight").expect("listed").shape, [64, 172]);
     let quantized = GgufFile::open(&folder.join("stories260K-Q4_0.gguf")).expect("a good file");
     let count = |dtype| quantized.tensors().iter().filter(|tensor| tensor.dtype().expect("known") == dtype).count();
-    assert_eq!([GgmlDType::Q4_0, GgmlDType::Q8_0, GgmlDType::F16, GgmlDType::F32].map(count), [31, 1, 5, 11]);
+    assert_eq!([BlockType::Q4_0, BlockType::Q8_0, BlockType::F16, BlockType::F32].map(count), [31, 1, 5, 11]);
 }
 
 fn any_array() -> impl Strategy<Value = Array> {
@@ -290,7 +290,7 @@ proptest! {
         let metadata: Vec<_> = values.into_iter().enumerate().map(|(i, value)| (format!("key.{i}"), value)).collect();
         let name = |index: usize| format!("tensor.{index}");
         let specs: Vec<_> = shapes.iter().enumerate().map(|(index, shape)| {
-            TensorSpec { name: name(index), shape: shape.clone(), dtype: GgmlDType::F32 }
+            TensorSpec { name: name(index), shape: shape.clone(), dtype: BlockType::F32 }
         }).collect();
         let bytes_of = |index: usize| vec![index as u8 + 1; shapes[index].iter().product::<usize>() * 4];
         let mut writer = Writer::create(&target, &metadata, &specs).expect("a good header");

@@ -1,7 +1,6 @@
 //! What a GGUF file says of a tensor: name, shape, stored type, place.
 
-use candle_core::quantized::GgmlDType;
-
+use crate::quant::BlockType;
 use crate::{Error, Result};
 
 /// A tensor type as the file numbers it, whether or not it can be dequantized here.
@@ -19,8 +18,8 @@ impl StoredType {
         self.0
     }
 
-    /// The type as candle knows it; `None` where it cannot be dequantized.
-    pub fn dtype(self) -> Option<GgmlDType> {
+    /// The type of its blocks; `None` where it cannot be dequantized.
+    pub fn dtype(self) -> Option<BlockType> {
         KNOWN.iter().find(|known| known.id == self.0).and_then(|known| known.dtype)
     }
 
@@ -38,10 +37,10 @@ impl StoredType {
     }
 }
 
-impl From<GgmlDType> for StoredType {
-    fn from(dtype: GgmlDType) -> Self {
+impl From<BlockType> for StoredType {
+    fn from(dtype: BlockType) -> Self {
         let known = KNOWN.iter().find(|known| known.dtype == Some(dtype));
-        Self(known.expect("every type of candle stands in the table").id)
+        Self(known.expect("every block type stands in the table").id)
     }
 }
 
@@ -65,7 +64,7 @@ impl TensorInfo {
     ///
     /// # Errors
     /// [`Error::Model`] naming the tensor and its type.
-    pub fn dtype(&self) -> Result<GgmlDType> {
+    pub fn dtype(&self) -> Result<BlockType> {
         self.stored.dtype().ok_or_else(|| {
             let Self { name, stored, .. } = self;
             Error::Model(format!("tensor `{name}` is stored as {}, which is not supported", stored.name()))
@@ -114,35 +113,35 @@ struct Known {
     name: &'static str,
     block_values: usize,
     block_bytes: usize,
-    dtype: Option<GgmlDType>,
+    dtype: Option<BlockType>,
 }
 
-const fn known(id: u32, name: &'static str, block: (usize, usize), dtype: Option<GgmlDType>) -> Known {
+const fn known(id: u32, name: &'static str, block: (usize, usize), dtype: Option<BlockType>) -> Known {
     Known { id, name, block_values: block.0, block_bytes: block.1, dtype }
 }
 
-/// ggml's types: number, name, values and bytes of a block, and candle's name for it. Numbers 4, 5, 31 to 33 and 36 to 38
+/// ggml's types: number, name, values and bytes of a block, and our name for it. Numbers 4, 5, 31 to 33 and 36 to 38
 /// belonged to types that ggml has given up.
 const KNOWN: [Known; 32] = [
-    known(0, "F32", (1, 4), Some(GgmlDType::F32)),
-    known(1, "F16", (1, 2), Some(GgmlDType::F16)),
-    known(2, "Q4_0", (32, 18), Some(GgmlDType::Q4_0)),
-    known(3, "Q4_1", (32, 20), Some(GgmlDType::Q4_1)),
-    known(6, "Q5_0", (32, 22), Some(GgmlDType::Q5_0)),
-    known(7, "Q5_1", (32, 24), Some(GgmlDType::Q5_1)),
-    known(8, "Q8_0", (32, 34), Some(GgmlDType::Q8_0)),
-    known(9, "Q8_1", (32, 36), Some(GgmlDType::Q8_1)),
-    known(10, "Q2_K", (256, 84), Some(GgmlDType::Q2K)),
-    known(11, "Q3_K", (256, 110), Some(GgmlDType::Q3K)),
-    known(12, "Q4_K", (256, 144), Some(GgmlDType::Q4K)),
-    known(13, "Q5_K", (256, 176), Some(GgmlDType::Q5K)),
-    known(14, "Q6_K", (256, 210), Some(GgmlDType::Q6K)),
-    known(15, "Q8_K", (256, 292), Some(GgmlDType::Q8K)),
+    known(0, "F32", (1, 4), Some(BlockType::F32)),
+    known(1, "F16", (1, 2), Some(BlockType::F16)),
+    known(2, "Q4_0", (32, 18), Some(BlockType::Q4_0)),
+    known(3, "Q4_1", (32, 20), Some(BlockType::Q4_1)),
+    known(6, "Q5_0", (32, 22), Some(BlockType::Q5_0)),
+    known(7, "Q5_1", (32, 24), Some(BlockType::Q5_1)),
+    known(8, "Q8_0", (32, 34), Some(BlockType::Q8_0)),
+    known(9, "Q8_1", (32, 36), None),
+    known(10, "Q2_K", (256, 84), Some(BlockType::Q2K)),
+    known(11, "Q3_K", (256, 110), Some(BlockType::Q3K)),
+    known(12, "Q4_K", (256, 144), Some(BlockType::Q4K)),
+    known(13, "Q5_K", (256, 176), Some(BlockType::Q5K)),
+    known(14, "Q6_K", (256, 210), Some(BlockType::Q6K)),
+    known(15, "Q8_K", (256, 292), None),
     known(16, "IQ2_XXS", (256, 66), None),
     known(17, "IQ2_XS", (256, 74), None),
     known(18, "IQ3_XXS", (256, 98), None),
     known(19, "IQ1_S", (256, 50), None),
-    known(20, "IQ4_NL", (32, 18), None),
+    known(20, "IQ4_NL", (32, 18), Some(BlockType::IQ4NL)),
     known(21, "IQ3_S", (256, 110), None),
     known(22, "IQ2_S", (256, 82), None),
     known(23, "IQ4_XS", (256, 136), None),
@@ -152,7 +151,7 @@ const KNOWN: [Known; 32] = [
     known(27, "I64", (1, 8), None),
     known(28, "F64", (1, 8), None),
     known(29, "IQ1_M", (256, 56), None),
-    known(30, "BF16", (1, 2), Some(GgmlDType::BF16)),
+    known(30, "BF16", (1, 2), Some(BlockType::BF16)),
     known(34, "TQ1_0", (256, 54), None),
     known(35, "TQ2_0", (256, 66), None),
     known(39, "MXFP4", (32, 17), None),
@@ -163,14 +162,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn block_sizes_are_candles() {
+    fn block_types_are_named_and_sized_alike() {
         for known in KNOWN {
             if let Some(dtype) = known.dtype {
                 assert_eq!(
                     (known.block_values, known.block_bytes),
-                    (dtype.block_size(), dtype.type_size()),
+                    (dtype.block_values(), dtype.block_bytes()),
                     "{dtype:?}"
                 );
+                assert_eq!(known.name, dtype.name());
                 assert_eq!(StoredType::from(dtype).id(), known.id);
             }
         }
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn shapes_that_cannot_be_are_refused() {
-        let q4k = StoredType::from(GgmlDType::Q4K);
+        let q4k = StoredType::from(BlockType::Q4K);
         assert_eq!(size_bytes(&[3, 512], q4k), Ok(3 * 2 * 144));
         assert_eq!(size_bytes(&[7], StoredType::from_id(99)), Ok(0));
         for (shape, says) in [

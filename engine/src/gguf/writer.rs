@@ -8,11 +8,11 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
 use tempfile::NamedTempFile;
 
 use super::types::size_bytes;
 use super::{ALIGNMENT_KEY, Array, DEFAULT_ALIGNMENT, MAGIC, StoredType, Value};
+use crate::quant::BlockType;
 use crate::{Error, Result};
 
 /// A tensor that is going to be written.
@@ -23,7 +23,7 @@ pub struct TensorSpec {
     /// Dimensions, row-major, outermost first.
     pub shape: Vec<usize>,
     /// How its values are stored.
-    pub dtype: GgmlDType,
+    pub dtype: BlockType,
 }
 
 /// A GGUF file that is being written.

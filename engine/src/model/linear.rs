@@ -94,11 +94,10 @@ pub(crate) fn backward(
 #[cfg(test)]
 mod tests {
     use candle_core::DType;
-    use candle_core::quantized::GgmlDType;
 
     use super::*;
-    use crate::model::weights::quantize;
     use crate::ops::gradcheck::{assert_close, f32, randn, reference};
+    use crate::quant::{BlockType, quantize};
 
     #[test]
     fn backward_is_the_gradient_of_forward() {
@@ -106,8 +105,8 @@ mod tests {
         let (x, a, b) = (randn(&[tokens, columns]), randn(&[rank, columns]), randn(&[rows, rank]));
         let (weight, dy, begun) = (randn(&[rows, columns]), randn(&[tokens, rows]), randn(&[tokens, columns]));
         let values: Vec<f32> = f32(&weight).flatten_all().unwrap().to_vec1().unwrap();
-        let bytes = quantize(GgmlDType::F32, columns, &values).unwrap();
-        let stored = Weight::from_bytes(&bytes, GgmlDType::F32, (rows, columns)).unwrap();
+        let bytes = quantize(BlockType::F32, columns, &values).unwrap();
+        let stored = Weight::from_bytes(&bytes, BlockType::F32, (rows, columns)).unwrap();
         let weight = f32(&weight).to_dtype(DType::F64).unwrap();
         let naive = |inputs: &[Tensor]| {
             let u = inputs[0].matmul(&inputs[1].t().unwrap()).unwrap();

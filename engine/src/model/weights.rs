@@ -1,20 +1,19 @@
-//! Frozen weights in the blocks they are stored in, and the two directions between blocks and f32.
+//! Frozen weights in the blocks they are stored in, and from there to f32.
 
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8_1,
-    BlockQ8K, GgmlType,
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, GgmlType,
 };
 use half::{bf16, f16};
 use memmap2::{Mmap, MmapMut};
 use rayon::prelude::*;
 
 use crate::gguf::{GgufFile, TensorInfo};
+use crate::quant::{BlockType, dequantize_iq4_nl};
 use crate::{Error, Result};
 
 /// Values that one task converts at least, so that a task outweighs its hand-over.
@@ -75,7 +74,7 @@ impl MappedFile {
 pub struct Weight {
     file: Arc<MappedFile>,
     offset: usize,
-    dtype: GgmlDType,
+    dtype: BlockType,
     rows: usize,
     columns: usize,
 }
@@ -110,7 +109,7 @@ impl Weight {
     ///
     /// # Errors
     /// [`Error::Model`] where the bytes are not as many as the shape needs.
-    pub fn from_bytes(bytes: &[u8], dtype: GgmlDType, shape: (usize, usize)) -> Result<Self> {
+    pub fn from_bytes(bytes: &[u8], dtype: BlockType, shape: (usize, usize)) -> Result<Self> {
         let weight = Self::new(Arc::new(MappedFile::from_bytes(bytes)?), 0, dtype, shape)
             .map_err(|message| Error::Model(format!("a matrix {message}")))?;
         if weight.stored_bytes() != bytes.len() {
@@ -123,13 +122,13 @@ impl Weight {
     fn new(
         file: Arc<MappedFile>,
         offset: usize,
-        dtype: GgmlDType,
+        dtype: BlockType,
         (rows, columns): (usize, usize),
     ) -> Result<Self, String> {
-        if !columns.is_multiple_of(dtype.block_size()) {
-            return Err(format!("has rows of {columns}, not a multiple of the {} in a block", dtype.block_size()));
+        if !columns.is_multiple_of(dtype.block_values()) {
+            return Err(format!("has rows of {columns}, not a multiple of the {} in a block", dtype.block_values()));
         }
-        let size = row_bytes(dtype, columns).checked_mul(rows);
+        let size = dtype.row_bytes(columns).checked_mul(rows);
         let end = size.and_then(|size| size.checked_add(offset));
         let bytes = end.and_then(|end| file.bytes().get(offset..end)).ok_or("lies outside of its file")?;
         check_alignment(dtype, bytes)?;
@@ -147,13 +146,13 @@ impl Weight {
     }
 
     /// Type of the stored blocks.
-    pub fn dtype(&self) -> GgmlDType {
+    pub fn dtype(&self) -> BlockType {
         self.dtype
     }
 
     /// Bytes of the stored blocks.
     pub fn stored_bytes(&self) -> usize {
-        row_bytes(self.dtype, self.columns) * self.rows
+        self.dtype.row_bytes(self.columns) * self.rows
     }
 
     /// Writes those rows as f32 to `out`, row-major; rows in parallel where there are many.
@@ -170,7 +169,7 @@ impl Weight {
             let needed = format!("{count} rows of {columns} values do not fit a buffer of {}", out.len());
             return Err(Error::Model(needed));
         }
-        let row_bytes = row_bytes(self.dtype, self.columns);
+        let row_bytes = self.dtype.row_bytes(self.columns);
         let start = self.offset + rows.start * row_bytes;
         dequantize(self.dtype, self.columns, &self.file.bytes()[start..start + count * row_bytes], out)
     }
@@ -191,78 +190,52 @@ pub fn vector(file: &GgufFile, name: &str, length: usize) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// Bytes of a row of that many values; `columns` must be a multiple of the block size.
-pub fn row_bytes(dtype: GgmlDType, columns: usize) -> usize {
-    debug_assert_eq!(columns % dtype.block_size(), 0);
-    columns / dtype.block_size() * dtype.type_size()
-}
-
-/// Runs an expression with the name bound to the block type of a dtype.
+/// Runs an expression with the name bound to candle's block of a dtype.
 macro_rules! with_block {
-    ($dtype:expr, $block:ident => $run:expr) => {
-        with_block!(@match $dtype, $block, $run,
+    ($dtype:expr, $block:ident => $run:expr, IQ4NL => $other:expr) => {
+        with_block!(@match $dtype, $block, $run, $other,
             F32 f32, F16 f16, BF16 bf16, Q4_0 BlockQ4_0, Q4_1 BlockQ4_1, Q5_0 BlockQ5_0, Q5_1 BlockQ5_1, Q8_0 BlockQ8_0,
-            Q8_1 BlockQ8_1, Q2K BlockQ2K, Q3K BlockQ3K, Q4K BlockQ4K, Q5K BlockQ5K, Q6K BlockQ6K, Q8K BlockQ8K)
+            Q2K BlockQ2K, Q3K BlockQ3K, Q4K BlockQ4K, Q5K BlockQ5K, Q6K BlockQ6K)
     };
-    (@match $dtype:expr, $block:ident, $run:expr, $($variant:ident $type:ty),*) => {
+    (@match $dtype:expr, $block:ident, $run:expr, $other:expr, $($variant:ident $type:ty),*) => {
         match $dtype {
-            $(GgmlDType::$variant => {
+            $(BlockType::$variant => {
                 type $block = $type;
                 $run
             })*
+            BlockType::IQ4NL => $other,
         }
     };
 }
 
-/// Writes stored rows of `columns` values as f32.
-fn dequantize(dtype: GgmlDType, columns: usize, stored: &[u8], out: &mut [f32]) -> Result<()> {
+/// Writes stored rows of `columns` values as f32, rows in parallel where there are many.
+fn dequantize(dtype: BlockType, columns: usize, stored: &[u8], out: &mut [f32]) -> Result<()> {
     let task_rows = task_rows(columns);
-    let (task_bytes, task_values) = (task_rows * row_bytes(dtype, columns), task_rows * columns);
-    assert_eq!(stored.len() / row_bytes(dtype, columns).max(1), out.len() / columns.max(1), "rows in and out");
-    with_block!(dtype, Block => {
-        if out.len() <= task_values {
-            Block::to_float(blocks::<Block>(stored)?, out);
-            return Ok(());
-        }
-        out.par_chunks_mut(task_values).zip(stored.par_chunks(task_bytes)).try_for_each(|(out, stored)| {
-            Block::to_float(blocks::<Block>(stored)?, out);
-            Ok(())
-        })
-    })
+    let (task_bytes, task_values) = (task_rows * dtype.row_bytes(columns), task_rows * columns);
+    assert_eq!(stored.len() / dtype.row_bytes(columns).max(1), out.len() / columns.max(1), "rows in and out");
+    if out.len() <= task_values {
+        return dequantize_blocks(dtype, stored, out);
+    }
+    let tasks = out.par_chunks_mut(task_values).zip(stored.par_chunks(task_bytes));
+    tasks.try_for_each(|(out, stored)| dequantize_blocks(dtype, stored, out))
 }
 
-/// Quantizes rows of `columns` values with candle's rounding, rows in parallel; the bytes depend on the values alone.
+/// Writes stored blocks as f32, on this thread.
 ///
 /// # Errors
-/// [`Error::Model`] where `columns` is no multiple of the type's block, or the values are no whole rows.
-pub fn quantize(dtype: GgmlDType, columns: usize, values: &[f32]) -> Result<Vec<u8>> {
-    if columns == 0 || !columns.is_multiple_of(dtype.block_size()) || !values.len().is_multiple_of(columns) {
-        let (count, block) = (values.len(), dtype.block_size());
-        return Err(Error::Model(format!(
-            "{count} values in rows of {columns} cannot be stored as {dtype:?}, whose blocks hold {block}"
-        )));
-    }
-    let task_rows = task_rows(columns);
-    let row_bytes = row_bytes(dtype, columns);
-    let mut stored = vec![0; values.len() / columns * row_bytes];
-    with_block!(dtype, Block => {
-        stored.par_chunks_mut(task_rows * row_bytes).zip(values.par_chunks(task_rows * columns)).for_each(
-            |(stored, values)| {
-                let mut blocks = vec![Block::zeros(); values.len() / Block::BLCK_SIZE];
-                Block::from_float(values, &mut blocks);
-                stored.copy_from_slice(bytes_of(&blocks));
-            },
-        );
-    });
-    Ok(stored)
+/// [`Error::Model`] where the bytes are not aligned as the type's blocks must be.
+pub(crate) fn dequantize_blocks(dtype: BlockType, stored: &[u8], out: &mut [f32]) -> Result<()> {
+    with_block!(dtype, Block => Block::to_float(blocks::<Block>(dtype, stored)?, out),
+        IQ4NL => dequantize_iq4_nl(stored, out));
+    Ok(())
 }
 
 fn task_rows(columns: usize) -> usize {
     TASK_VALUES.div_ceil(columns.max(1))
 }
 
-fn check_alignment(dtype: GgmlDType, bytes: &[u8]) -> Result<(), String> {
-    let alignment = with_block!(dtype, Block => align_of::<Block>());
+fn check_alignment(dtype: BlockType, bytes: &[u8]) -> Result<(), String> {
+    let alignment = with_block!(dtype, Block => align_of::<Block>(), IQ4NL => 1);
     if bytes.as_ptr().addr().is_multiple_of(alignment) {
         Ok(())
     } else {
@@ -272,57 +245,25 @@ fn check_alignment(dtype: GgmlDType, bytes: &[u8]) -> Result<(), String> {
 
 /// Stored bytes as blocks.
 #[expect(unsafe_code, reason = "blocks are read where they lie in the file")]
-fn blocks<Block: GgmlType>(bytes: &[u8]) -> Result<&[Block]> {
-    assert_block::<Block>();
+fn blocks<Block: GgmlType>(dtype: BlockType, bytes: &[u8]) -> Result<&[Block]> {
+    assert_eq!((Block::BLCK_SIZE, size_of::<Block>()), (dtype.block_values(), dtype.block_bytes()), "{dtype:?}");
     // SAFETY: every `Block` is f32, f16, bf16 or a `repr(C)` struct of such and of integers, without padding (its size is the
     // stored size, checked above): any bytes are a valid value. `align_to` sees to alignment and bounds.
     let (before, blocks, after) = unsafe { bytes.align_to::<Block>() };
     if !before.is_empty() || !after.is_empty() {
-        return Err(Error::Model(format!("{} bytes are no aligned blocks of {:?}", bytes.len(), Block::DTYPE)));
+        return Err(Error::Model(format!("{} bytes are no aligned blocks of {}", bytes.len(), dtype.name())));
     }
     Ok(blocks)
 }
 
-/// Blocks as the bytes to store.
-#[expect(unsafe_code, reason = "candle quantizes into blocks, a file takes bytes")]
-fn bytes_of<Block: GgmlType>(blocks: &[Block]) -> &[u8] {
-    assert_block::<Block>();
-    // SAFETY: the pointer and the length in bytes are those of the slice; a `Block` has no padding (see `blocks`), so that
-    // every byte is initialised.
-    unsafe { std::slice::from_raw_parts(blocks.as_ptr().cast::<u8>(), size_of_val(blocks)) }
-}
-
-/// The block is one of ours, in the size it is stored in.
-fn assert_block<Block: GgmlType>() {
-    assert_eq!(size_of::<Block>(), Block::DTYPE.type_size(), "{:?}", Block::DTYPE);
-    assert_eq!(Block::BLCK_SIZE, Block::DTYPE.block_size(), "{:?}", Block::DTYPE);
-}
-
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::{QStorage, QTensor};
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
+    use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
     use super::*;
+    use crate::quant::quantize;
     use crate::testing::TinyModel;
-
-    const ALL: [GgmlDType; 15] = [
-        GgmlDType::F32,
-        GgmlDType::F16,
-        GgmlDType::BF16,
-        GgmlDType::Q4_0,
-        GgmlDType::Q4_1,
-        GgmlDType::Q5_0,
-        GgmlDType::Q5_1,
-        GgmlDType::Q8_0,
-        GgmlDType::Q8_1,
-        GgmlDType::Q2K,
-        GgmlDType::Q3K,
-        GgmlDType::Q4K,
-        GgmlDType::Q5K,
-        GgmlDType::Q6K,
-        GgmlDType::Q8K,
-    ];
 
     /// Enough rows that there are several tasks.
     const SHAPE: (usize, usize) = (150, 512);
@@ -331,23 +272,40 @@ mod tests {
         (0..count).map(|index| ((index * 7919 % 1009) as f32 / 1009.0 - 0.5) * 0.3).collect()
     }
 
-    #[test]
-    fn every_type_is_quantized_and_dequantized_as_candle_does() {
-        let values = values(SHAPE.0 * SHAPE.1);
-        let tensor = Tensor::from_vec(values.clone(), SHAPE, &Device::Cpu).expect("a tensor");
-        for dtype in ALL {
-            let stored = quantize(dtype, SHAPE.1, &values).expect("whole blocks");
-            let theirs = QTensor::quantize(&tensor, dtype).expect("whole blocks");
-            assert_eq!(stored, theirs.data().expect("bytes").as_ref(), "{dtype:?}");
+    /// Candle's name for the type; it has none for IQ4_NL.
+    fn candles(dtype: BlockType) -> Option<GgmlDType> {
+        Some(match dtype {
+            BlockType::F32 => GgmlDType::F32,
+            BlockType::F16 => GgmlDType::F16,
+            BlockType::BF16 => GgmlDType::BF16,
+            BlockType::Q4_0 => GgmlDType::Q4_0,
+            BlockType::Q4_1 => GgmlDType::Q4_1,
+            BlockType::Q5_0 => GgmlDType::Q5_0,
+            BlockType::Q5_1 => GgmlDType::Q5_1,
+            BlockType::Q8_0 => GgmlDType::Q8_0,
+            BlockType::Q2K => GgmlDType::Q2K,
+            BlockType::Q3K => GgmlDType::Q3K,
+            BlockType::Q4K => GgmlDType::Q4K,
+            BlockType::Q5K => GgmlDType::Q5K,
+            BlockType::Q6K => GgmlDType::Q6K,
+            BlockType::IQ4NL => return None,
+        })
+    }
 
+    #[test]
+    fn every_type_is_dequantized_as_candle_does() {
+        let values = values(SHAPE.0 * SHAPE.1);
+        for dtype in BlockType::ALL {
+            let stored = quantize(dtype, SHAPE.1, &values).expect("whole blocks");
             let weight = Weight::from_bytes(&stored, dtype, SHAPE).expect("the right size");
             let mut ours = vec![f32::NAN; values.len()];
             weight.dequantize_rows(0..SHAPE.0, &mut ours).expect("all rows");
-            let storage = QStorage::from_data(stored.into(), &Device::Cpu, dtype).expect("the same bytes");
-            let theirs = QTensor::new(storage, SHAPE).and_then(|tensor| tensor.dequantize(&Device::Cpu));
-            let theirs = theirs.and_then(|tensor| tensor.flatten_all()?.to_vec1::<f32>()).expect("dequantized");
-            assert_eq!(ours, theirs, "{dtype:?}");
-
+            if let Some(candles) = candles(dtype) {
+                let storage = QStorage::from_data(stored.into(), &Device::Cpu, candles).expect("the same bytes");
+                let theirs = QTensor::new(storage, SHAPE).and_then(|tensor| tensor.dequantize(&Device::Cpu));
+                let theirs = theirs.and_then(|tensor| tensor.flatten_all()?.to_vec1::<f32>()).expect("dequantized");
+                assert_eq!(ours, theirs, "{dtype:?}");
+            }
             let mut some = vec![f32::NAN; 3 * SHAPE.1];
             weight.dequantize_rows(77..80, &mut some).expect("three rows");
             assert_eq!(some, ours[77 * SHAPE.1..80 * SHAPE.1], "{dtype:?}");
@@ -356,16 +314,16 @@ mod tests {
 
     #[test]
     fn rows_and_shapes_that_are_not_there_are_errors() {
-        let weight = Weight::from_bytes(&[0; 4 * 34], GgmlDType::Q8_0, (4, 32)).expect("the right size");
+        let weight = Weight::from_bytes(&[0; 4 * 34], BlockType::Q8_0, (4, 32)).expect("the right size");
         let mut out = vec![0.0; 32];
         assert!(weight.dequantize_rows(3..4, &mut out).is_ok());
         assert!(weight.dequantize_rows(4..5, &mut out).is_err());
         assert!(weight.dequantize_rows(0..2, &mut out).is_err());
         assert!(weight.dequantize_rows(2..2, &mut []).is_ok());
-        assert!(Weight::from_bytes(&[0; 4 * 34], GgmlDType::Q8_0, (3, 32)).is_err());
-        assert!(Weight::from_bytes(&[0; 4 * 34], GgmlDType::Q8_0, (4, 31)).is_err());
-        assert!(quantize(GgmlDType::Q8_0, 33, &[0.0; 33]).is_err());
-        assert!(quantize(GgmlDType::F32, 2, &[0.0; 3]).is_err());
+        assert!(Weight::from_bytes(&[0; 4 * 34], BlockType::Q8_0, (3, 32)).is_err());
+        assert!(Weight::from_bytes(&[0; 4 * 34], BlockType::Q8_0, (4, 31)).is_err());
+        assert!(quantize(BlockType::Q8_0, 33, &[0.0; 33]).is_err());
+        assert!(quantize(BlockType::F32, 2, &[0.0; 3]).is_err());
     }
 
     #[test]
@@ -373,7 +331,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("tiny.gguf");
         let model =
-            TinyModel { dtypes: vec![GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q6K], ..TinyModel::default() };
+            TinyModel { dtypes: vec![BlockType::Q8_0, BlockType::Q4_0, BlockType::Q6K], ..TinyModel::default() };
         model.write(&path).expect("written");
         let bytes = std::fs::read(&path).expect("there");
         model.write(&path).expect("written again");

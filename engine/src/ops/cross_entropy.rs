@@ -198,12 +198,11 @@ impl<'a> Buffers<'a> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::GgmlDType;
     use candle_core::{D, DType, Device};
 
     use super::*;
-    use crate::model::weights::quantize;
     use crate::ops::gradcheck::{assert_close, f32, randn, reference};
+    use crate::quant::{BlockType, quantize};
 
     /// Σ of the losses of the tokens with a label.
     fn naive(h: &Tensor, weight: &Tensor, labels: &[i32]) -> Tensor {
@@ -224,8 +223,8 @@ mod tests {
         let (tokens, vocabulary, columns) = (7, 10, 8);
         let (h, weight) = (randn(&[tokens, columns]), randn(&[vocabulary, columns]));
         let values: Vec<f32> = f32(&weight).flatten_all().unwrap().to_vec1().unwrap();
-        let stored = quantize(GgmlDType::F32, columns, &values).unwrap();
-        let stored = Weight::from_bytes(&stored, GgmlDType::F32, (vocabulary, columns)).unwrap();
+        let stored = quantize(BlockType::F32, columns, &values).unwrap();
+        let stored = Weight::from_bytes(&stored, BlockType::F32, (vocabulary, columns)).unwrap();
         let weight = f32(&weight).to_dtype(DType::F64).unwrap();
         // Labels at both edges of bands, none at both ends of the tokens.
         let labels = [IGNORE, 0, 3, 4, 9, IGNORE, 7];
@@ -248,7 +247,7 @@ mod tests {
 
     #[test]
     fn no_label_at_all_is_no_loss_and_no_gradient() {
-        let stored = Weight::from_bytes(&[0; 4 * 12], GgmlDType::F32, (3, 4)).unwrap();
+        let stored = Weight::from_bytes(&[0; 4 * 12], BlockType::F32, (3, 4)).unwrap();
         let (loss, dh) = forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 2], 1.0).unwrap();
         assert_eq!(loss, Loss::default());
         assert_eq!(dh.to_vec2::<f32>().unwrap(), [[0.0; 4]; 2]);
@@ -259,7 +258,7 @@ mod tests {
     #[test]
     fn accuracy_counts_tokens_whose_largest_logit_is_their_label() {
         let identity: Vec<u8> = (0..9).flat_map(|i| f32::from(u8::from(i % 4 == 0)).to_le_bytes()).collect();
-        let stored = Weight::from_bytes(&identity, GgmlDType::F32, (3, 3)).unwrap();
+        let stored = Weight::from_bytes(&identity, BlockType::F32, (3, 3)).unwrap();
         let h = Tensor::new(&[[5f32, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 5.0]], &Device::Cpu).unwrap();
         let (loss, _) = forward_backward(&h, &stored, &[0, 2, 2], 1.0).unwrap();
         assert_eq!((loss.tokens, loss.correct), (3, 2));
