@@ -8,6 +8,7 @@
 //! for a model whose heads are interleaved (`llama` in GGUF) they are permuted on the way out and back on the way in.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -64,6 +65,16 @@ impl LoraLayout {
     /// The LoRA that it lays out.
     pub fn spec(&self) -> &LoraSpec {
         &self.spec
+    }
+
+    /// Where each matrix lies, in the order of the buffer, which they fill.
+    pub fn tensors(&self) -> Vec<Range<usize>> {
+        let rank = self.spec.r as usize;
+        let pair = |(_, target, offset_a, offset_b)| {
+            let (rows, _) = self.shape.projection(target);
+            [offset_a..offset_b, offset_b..offset_b + rows * rank]
+        };
+        self.pairs().flat_map(pair).collect()
     }
 
     /// Layer, target and offsets of every pair, in the order of the buffer.
@@ -358,7 +369,7 @@ impl PeftConfig {
             base_model_name_or_path: Some(base_model.to_owned()),
             r: spec.r,
             lora_alpha: spec.alpha,
-            lora_dropout: 0.0,
+            lora_dropout: spec.dropout,
             target_modules: spec.target_modules.iter().map(|target| target.name().to_owned()).collect(),
             bias: no_bias(),
             use_rslora: spec.use_rslora,
@@ -404,6 +415,7 @@ impl PeftConfig {
         let options = crate::spec::LoraOptions {
             r: Some(self.r),
             alpha: Some(self.lora_alpha),
+            dropout: Some(self.lora_dropout),
             use_rslora: Some(self.use_rslora),
             target_modules: Some(self.target_modules.iter().map(plain).collect()),
         };

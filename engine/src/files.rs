@@ -1,6 +1,6 @@
 //! Small things about files: writes that are whole or absent, and texts from files that are fit for a message.
 
-use std::fs::Permissions;
+use std::fs::{File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -9,6 +9,11 @@ use crate::{Error, Result};
 
 /// Writes a file under a new name, syncs it, and renames it: it is whole or absent, and what was there before stays until then.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomically_with(path, |file| file.write_all(bytes))
+}
+
+/// The same for a file that is too large to be in memory as a whole: `write` writes it.
+pub(crate) fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -16,9 +21,9 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let permissions = Permissions::from_mode(0o666); // less what the user's umask takes away
     let file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder);
     let mut file = file.map_err(Error::io(folder))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
+    write(file.as_file_mut()).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path))?;
     file.persist(path).map_err(|error| Error::io(path)(error.error))?;
-    let folder_file = std::fs::File::open(folder).map_err(Error::io(folder))?;
+    let folder_file = File::open(folder).map_err(Error::io(folder))?;
     folder_file.sync_all().map_err(Error::io(folder))
 }
 

@@ -50,6 +50,7 @@ fn spec(recipe: &Recipe) -> TrainSpec {
         lora: LoraOptions {
             r: Some(lora.r),
             alpha: Some(lora.alpha),
+            dropout: None,
             use_rslora: Some(lora.use_rslora),
             target_modules: Some(lora.target_modules.iter().map(|target| target.name().to_owned()).collect()),
         },

@@ -8,8 +8,9 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use lorad_engine::adapter::{LoraLayout, LoraParams};
 use lorad_engine::data::{MicroBatch, Row};
 use lorad_engine::gguf::GgufFile;
-use lorad_engine::model::Llama;
 use lorad_engine::model::weights::{Weight, vector};
+use lorad_engine::model::{Llama, MicroStep};
+use lorad_engine::ops::dropout::Dropout;
 use lorad_engine::spec::{LoraSpec, Target};
 use lorad_engine::testing::TinyModel;
 use support::{lora_spec, random_lora, rows, tiny};
@@ -161,12 +162,21 @@ fn softmax(scores: &Tensor) -> Tensor {
     e.broadcast_div(&e.sum_keepdim(D::Minus1).unwrap()).unwrap()
 }
 
+/// Every block keeps its activations, nothing is dropped.
+const PLAIN: MicroStep = MicroStep { scale: 0.125, kept_layers: usize::MAX, dropout: None };
+
 /// Loss and flat gradient of one packed batch.
-fn ours(model: &Llama, lora: &LoraParams, rows: &[Row], recompute: bool) -> (f64, Vec<f32>) {
+fn ours(model: &Llama, lora: &LoraParams, rows: &[Row], step: MicroStep) -> (f64, Vec<f32>) {
+    of_batch(model, lora, &MicroBatch::pack(rows), step)
+}
+
+fn of_batch(model: &Llama, lora: &LoraParams, batch: &MicroBatch, step: MicroStep) -> (f64, Vec<f32>) {
     let gradient = LoraParams::zeros(lora.layout().clone()).unwrap();
-    let batch = MicroBatch::pack(rows);
-    let loss = model.forward_backward(&batch, lora, &gradient, 0.125, recompute).unwrap();
+    let loss = model.forward_backward(batch, lora, &gradient, step).unwrap();
     assert_eq!(loss.tokens, batch.trained_tokens());
+    if step.dropout.is_none() {
+        assert_eq!(model.evaluate(batch, lora).unwrap(), loss);
+    }
     (loss.sum, gradient.flat().to_vec1().unwrap())
 }
 
@@ -198,7 +208,7 @@ fn backward_of_the_whole_model_is_the_gradient_of_its_formula() {
             })
             .collect();
         check_formula(base, &lora, &rows, &expected);
-        let (loss, gradient) = ours(&naive.model, &lora, &rows, false);
+        let (loss, gradient) = ours(&naive.model, &lora, &rows, PLAIN);
         let total = total.to_scalar::<f64>().unwrap();
         assert!((loss - total).abs() < 1e-5 * total, "{loss} not {total}");
         assert!(difference(&gradient, &expected) < 1e-4, "{targets:?}: {:e}", difference(&gradient, &expected));
@@ -209,7 +219,13 @@ fn backward_of_the_whole_model_is_the_gradient_of_its_formula() {
 fn recomputed_activations_give_the_same_bits() {
     let base = TinyModel::default();
     let (lora, (_, model)) = (random_lora(&lora_spec(4, &Target::ALL), &base), tiny(&base));
-    assert_eq!(ours(&model, &lora, &rows(5), false), ours(&model, &lora, &rows(5), true));
+    for dropout in [None, Dropout::new(0.3, &[7])] {
+        let with = |kept_layers| ours(&model, &lora, &rows(5), MicroStep { kept_layers, dropout, ..PLAIN });
+        let all = with(2);
+        for kept_layers in [0, 1, usize::MAX] {
+            assert_eq!(with(kept_layers), all, "{kept_layers} layers");
+        }
+    }
 }
 
 #[test]
@@ -217,11 +233,11 @@ fn packed_rows_and_rows_alone_give_the_same_loss_and_gradient() {
     let base = TinyModel::default();
     let (lora, (_, model)) = (random_lora(&lora_spec(4, &Target::ALL), &base), tiny(&base));
     let rows = rows(6);
-    let (packed_loss, packed) = ours(&model, &lora, &rows, false);
+    let (packed_loss, packed) = ours(&model, &lora, &rows, PLAIN);
     let mut alone = vec![0f32; packed.len()];
     let mut alone_loss = 0.0;
     for row in &rows {
-        let (loss, gradient) = ours(&model, &lora, std::slice::from_ref(row), false);
+        let (loss, gradient) = ours(&model, &lora, std::slice::from_ref(row), PLAIN);
         alone_loss += loss;
         alone.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
     }
@@ -230,11 +246,40 @@ fn packed_rows_and_rows_alone_give_the_same_loss_and_gradient() {
 }
 
 #[test]
+fn padded_rows_give_the_loss_and_gradient_of_packed_ones() {
+    let base = TinyModel::default();
+    let (lora, (_, model)) = (random_lora(&lora_spec(4, &Target::ALL), &base), tiny(&base));
+    let (packed_loss, packed) = ours(&model, &lora, &rows(6), PLAIN);
+    let (padded_loss, padded) = of_batch(&model, &lora, &MicroBatch::pad(&rows(6)), PLAIN);
+    assert!((packed_loss - padded_loss).abs() < 1e-6 * packed_loss, "{packed_loss} and {padded_loss}");
+    assert!(difference(&padded, &packed) < 1e-6, "{:e}", difference(&padded, &packed));
+}
+
+#[test]
+fn under_a_fixed_mask_the_gradient_is_that_of_the_dropped_model() {
+    let base = TinyModel::default();
+    let (lora, (_, model)) = (random_lora(&lora_spec(4, &Target::ALL), &base), tiny(&base));
+    let masked = MicroStep { dropout: Dropout::new(0.3, &[3407, 1, 0]), ..PLAIN };
+    let (loss, gradient) = ours(&model, &lora, &rows(4), masked);
+    let (whole_loss, whole_gradient) = ours(&model, &lora, &rows(4), PLAIN);
+    assert!(loss != whole_loss && difference(&gradient, &whole_gradient) > 1e-2, "something is dropped");
+    let begun: Vec<f32> = lora.flat().to_vec1().unwrap();
+    let norm = gradient.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>().sqrt();
+    let at = |step: f64| {
+        let moved = begun.iter().zip(&gradient).map(|(&p, &g)| (f64::from(p) + step * f64::from(g) / norm) as f32);
+        let moved = Tensor::from_vec(moved.collect::<Vec<f32>>(), begun.len(), &Device::Cpu).unwrap();
+        ours(&model, &LoraParams::new(lora.layout().clone(), moved).unwrap(), &rows(4), masked).0 * 0.125
+    };
+    let numeric = (at(5e-3) - at(-5e-3)) / 1e-2;
+    assert!((numeric - norm).abs() < 2e-3 * norm, "{numeric} against {norm}");
+}
+
+#[test]
 fn a_batch_without_a_trained_token_has_no_gradient() {
     let base = TinyModel::default();
     let (lora, (_, model)) = (random_lora(&lora_spec(4, &Target::ALL), &base), tiny(&base));
     let row = Row { tokens: vec![5, 6, 7], trained: vec![false; 3] };
-    let (loss, gradient) = ours(&model, &lora, &[row], false);
+    let (loss, gradient) = ours(&model, &lora, &[row], PLAIN);
     assert_eq!(loss, 0.0);
     assert!(gradient.iter().all(|&g| g == 0.0));
 }

@@ -1,5 +1,6 @@
 //! `lorad train`: the server's training without a server.
 
+use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -17,18 +18,17 @@ use lorad_engine::export::{self, Quantization};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{
-    DatasetFormat, DatasetOptions, GradientCheckpointing, LoraOptions, LrScheduler, Optimizer, Template, TrainOn,
-    TrainOptions, TrainSpec, TrainingOptions,
+    DatasetFormat, DatasetOptions, EarlyStopping, GradientCheckpointing, LoraOptions, LrScheduler, Optimizer, Template,
+    TrainOn, TrainOptions, TrainSpec, TrainingOptions,
 };
 use lorad_engine::tokenizer::Tokenizer;
-use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
+use lorad_engine::train::{self, Checkpoint, Evaluation, Start, StepMetrics, TrainEvent};
 
 use super::{ModelArgs, named};
 
 const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
 const METRICS_FILE: &str = "metrics.csv";
-const METRICS_HEADER: &str =
-    "step,epoch,train_loss,train_mean_token_accuracy,learning_rate,grad_norm,trained_tokens,step_ms";
+const METRICS_HEADER: &str = "step,epoch,train_loss,train_mean_token_accuracy,learning_rate,grad_norm,trained_tokens,valid_loss,valid_mean_token_accuracy,step_ms";
 /// Longest time without a checkpoint.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -43,6 +43,9 @@ pub struct TrainArgs {
     /// Data set: JSON array or JSONL, alpaca or chat
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
+    /// Data set to evaluate at the end of each epoch, or every --eval-steps, and at the end
+    #[arg(long, value_name = "FILE")]
+    validation: Option<PathBuf>,
     /// Folder for what is made
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -78,6 +81,9 @@ struct LoraArgs {
     /// Numerator of the scale alpha/r [default: 16]
     #[arg(long)]
     alpha: Option<f64>,
+    /// Share of the LoRA's input that is dropped in training, in [0, 1) [default: 0]
+    #[arg(long, allow_negative_numbers = true)]
+    dropout: Option<f64>,
     /// Scale alpha/√r
     #[arg(long)]
     use_rslora: bool,
@@ -104,13 +110,13 @@ struct TrainingArgs {
     /// Steps in which the learning rate rises from 0 [default: 5]
     #[arg(long)]
     warmup_steps: Option<u32>,
-    /// Schedule after warm-up: linear [default: linear]
+    /// Schedule after warm-up: linear, cosine, constant [default: linear]
     #[arg(long, value_parser = named::<LrScheduler>)]
     lr_scheduler: Option<LrScheduler>,
     /// Decoupled weight decay [default: 0.01]
     #[arg(long)]
     weight_decay: Option<f64>,
-    /// Optimizer: adamw [default: adamw]
+    /// Optimizer: adamw, adamw_8bit (less memory) [default: adamw]
     #[arg(long, value_parser = named::<Optimizer>)]
     optimizer: Option<Optimizer>,
     /// Largest global norm of the gradient [default: 1]
@@ -122,9 +128,36 @@ struct TrainingArgs {
     /// Whether rows are drawn in a new order every epoch [default: true]
     #[arg(long)]
     shuffle: Option<bool>,
+    /// Whether the rows of a micro-batch lie end to end instead of being padded [default: true]
+    #[arg(long)]
+    packing: Option<bool>,
     /// Which activations are kept for the backward pass: auto, none (keep all), full (recompute) [default: auto]
     #[arg(long, value_parser = named::<GradientCheckpointing>)]
     gradient_checkpointing: Option<GradientCheckpointing>,
+    /// Steps between evaluations of --validation [default: one at the end of each epoch]
+    #[arg(long)]
+    eval_steps: Option<u32>,
+    /// Steps between checkpoints, beside those of every minute [default: one at the end of each epoch]
+    #[arg(long)]
+    save_steps: Option<u32>,
+    /// End after so many evaluations in a row without a better loss; the result is the best one's adapter [default: off]
+    #[arg(long, value_name = "EVALUATIONS")]
+    early_stopping_patience: Option<u32>,
+    /// How much lower a loss must be to count as better; turns early stopping on, with patience 3 [default: 0]
+    #[arg(long, value_name = "NATS")]
+    early_stopping_min_delta: Option<f64>,
+}
+
+impl TrainingArgs {
+    fn early_stopping(&self) -> Option<EarlyStopping> {
+        let (patience, min_delta) = (self.early_stopping_patience, self.early_stopping_min_delta);
+        if patience.is_none() && min_delta.is_none() {
+            return None;
+        }
+        let off = EarlyStopping::default();
+        let (patience, min_delta) = (patience.unwrap_or(off.patience), min_delta.unwrap_or(off.min_delta));
+        Some(EarlyStopping { patience, min_delta })
+    }
 }
 
 #[derive(Debug, Args)]
@@ -155,6 +188,7 @@ impl TrainArgs {
             lora: LoraOptions {
                 r: self.lora.r,
                 alpha: self.lora.alpha,
+                dropout: self.lora.dropout,
                 use_rslora: self.lora.use_rslora.then_some(true),
                 target_modules: self.lora.target_modules.clone(),
             },
@@ -170,28 +204,20 @@ impl TrainArgs {
                 max_grad_norm: training.max_grad_norm,
                 max_seq_length: training.max_seq_length,
                 shuffle: training.shuffle,
+                packing: training.packing,
                 gradient_checkpointing: training.gradient_checkpointing,
-                save_steps: None,
+                eval_steps: training.eval_steps,
+                save_steps: training.save_steps,
+                early_stopping: training.early_stopping(),
             },
             dataset: DatasetOptions { format: dataset.format, template: dataset.template, train_on: dataset.train_on },
             ..TrainOptions::default()
         };
         if let Some(folder) = &self.init_from {
-            inherit_lora(&mut options.lora, folder)?;
+            options.lora.inherit(&peft_spec(folder)?)?;
         }
         Ok(options)
     }
-}
-
-/// What the command line leaves open about the LoRA is taken from the adapter that the run starts with.
-fn inherit_lora(options: &mut LoraOptions, folder: &Path) -> anyhow::Result<()> {
-    let spec = peft_spec(folder)?;
-    let names = || spec.target_modules.iter().map(|target| target.name().to_owned()).collect();
-    options.r.get_or_insert(spec.r);
-    options.alpha.get_or_insert(spec.alpha);
-    options.use_rslora.get_or_insert(spec.use_rslora);
-    options.target_modules.get_or_insert_with(names);
-    Ok(())
 }
 
 /// Runs the command.
@@ -204,14 +230,20 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let file = GgufFile::open(&path)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
-    let dataset = data::prepare(&args.data, &spec, &tokenizer, model.config().context_length, &mut || ())
-        .inspect_err(list_bad_rows)
-        .with_context(|| format!("cannot train on {}", args.data.display()))?;
-    describe(&dataset.report);
+    let read = |path: &Path, spec: &TrainSpec, what: &str| {
+        let dataset = data::prepare(path, spec, &tokenizer, model.config().context_length, &mut || ())
+            .inspect_err(list_bad_rows)
+            .with_context(|| format!("cannot {what} {}", path.display()))?;
+        describe(&dataset.report);
+        anyhow::Ok(dataset)
+    };
+    let dataset = read(&args.data, &spec, "train on")?;
+    let validation = args.validation.as_ref().map(|path| read(path, &spec, "evaluate")).transpose()?;
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
     let start = Start {
         resume: resume_point(args)?,
         init_from: args.init_from.clone(),
+        validation: validation.as_ref(),
         checkpoint_interval: Some(CHECKPOINT_INTERVAL),
     };
     let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
@@ -221,6 +253,11 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     if !outcome.completed {
         let step = outcome.step;
         bail!("stopped after step {step}; the same command with --resume goes on from there");
+    }
+    if let Some(best) = outcome.best {
+        let stopped =
+            if outcome.stopped_early { format!("stopped early after step {}; ", outcome.step) } else { String::new() };
+        eprintln!("{stopped}the best validation loss, {:.4}, is that of step {}", best.loss, best.step);
     }
     outcome.lora.save_peft(&args.out, &name)?;
     eprintln!("adapter: {}", args.out.display());
@@ -336,6 +373,10 @@ impl Display {
                 self.bar.reset_eta();
                 Ok(())
             }
+            TrainEvent::Evaluating { rows, total_rows, .. } => {
+                self.bar.set_message(format!("evaluating row {rows} of {total_rows}"));
+                Ok(())
+            }
             TrainEvent::Step(metrics) => self.step(metrics),
             TrainEvent::Checkpoint { checkpoint, .. } => checkpoint.save(&self.checkpoint_path).map_err(Into::into),
         };
@@ -351,7 +392,12 @@ impl Display {
 
     fn step(&mut self, m: &StepMetrics) -> anyhow::Result<()> {
         let speed = m.step_tokens as f64 * 1000.0 / m.step_ms.max(1) as f64;
-        let message = format!("loss {:.4} accuracy {:.3} {speed:.0} trained tokens/s", m.loss, m.token_accuracy);
+        let mut message = format!("loss {:.4} accuracy {:.3} {speed:.0} trained tokens/s", m.loss, m.token_accuracy);
+        let mut valid = ",".to_owned();
+        if let Some(Evaluation { loss, token_accuracy }) = m.evaluation {
+            write!(message, " validation loss {loss:.4} accuracy {token_accuracy:.3}")?;
+            valid = format!("{loss:.6},{token_accuracy:.6}");
+        }
         if self.quiet {
             eprintln!("step {}/{} {message}", m.step, m.total_steps);
         }
@@ -359,7 +405,7 @@ impl Display {
         self.bar.set_position(u64::from(m.step));
         writeln!(
             self.metrics,
-            "{},{:.4},{:.6},{:.6},{:e},{:.6},{},{}",
+            "{},{:.4},{:.6},{:.6},{:e},{:.6},{},{valid},{}",
             m.step, m.epoch, m.loss, m.token_accuracy, m.learning_rate, m.grad_norm, m.trained_tokens, m.step_ms
         )
         .context("cannot write metrics.csv")

@@ -103,7 +103,7 @@ pub struct LoraFields {
     pub r: Option<u32>,
     /// Numerator of the scale, above 0; default 16.
     pub alpha: Option<f64>,
-    /// Must be 0: dropout is not supported yet.
+    /// Share of the LoRA's input that is dropped in training, in [0, 1); default 0.
     pub dropout: Option<f64>,
     /// Scale alpha/√r instead of alpha/r; default false.
     pub use_rslora: Option<bool>,
@@ -129,12 +129,12 @@ pub struct TrainingFields {
     pub learning_rate: Option<f64>,
     /// Steps in which the learning rate rises from 0; default 5.
     pub warmup_steps: Option<u32>,
-    /// Schedule after warm-up: `linear`.
+    /// Schedule after warm-up: `linear`, `cosine` or `constant`; default linear.
     #[schema(value_type = Option<String>)]
     pub lr_scheduler: Option<LrScheduler>,
     /// Decoupled weight decay, in [0, 1]; default 0.01.
     pub weight_decay: Option<f64>,
-    /// `adamw`.
+    /// `adamw`, or `adamw_8bit`, which needs less memory; default adamw.
     #[schema(value_type = Option<String>)]
     pub optimizer: Option<Optimizer>,
     /// Largest global norm of the gradient, above 0; default 1.
@@ -143,7 +143,7 @@ pub struct TrainingFields {
     pub max_seq_length: Option<u32>,
     /// A new order of the examples every epoch; default true.
     pub shuffle: Option<bool>,
-    /// Must be true.
+    /// Whether the examples of a micro-batch lie end to end, not padded; changes no result; default true.
     pub packing: Option<bool>,
     /// `auto`, `none` or `full`.
     #[schema(value_type = Option<String>)]
@@ -219,7 +219,7 @@ impl From<&TrainSpec> for LoraFields {
         Self {
             r: Some(spec.lora.r),
             alpha: Some(spec.lora.alpha),
-            dropout: Some(0.0),
+            dropout: Some(spec.lora.dropout),
             use_rslora: Some(spec.lora.use_rslora),
             init_from: None,
             target_modules: Some(spec.lora.target_modules.iter().map(|&target| Target::name(target).into()).collect()),
@@ -243,7 +243,7 @@ impl From<&TrainSpec> for TrainingFields {
             max_grad_norm: Some(training.max_grad_norm),
             max_seq_length: training.max_seq_length,
             shuffle: Some(training.shuffle),
-            packing: Some(true),
+            packing: Some(training.packing),
             gradient_checkpointing: Some(training.gradient_checkpointing),
             eval_steps: None,
             save_steps: training.save_steps,

@@ -131,8 +131,7 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
     unsupported("quantization", quantization != "auto", &quantization, "auto")?;
     let priority = request.priority.unwrap_or(0);
     unsupported("priority", priority != 0, &priority, "0")?;
-    if let Some(LoraFields { dropout, init_from, .. }) = &request.lora {
-        unsupported("lora.dropout", dropout.is_some_and(|dropout| dropout != 0.0), dropout, "0")?;
+    if let Some(LoraFields { init_from, .. }) = &request.lora {
         unsupported("lora.init_from", init_from.is_some(), init_from, "null")?;
     }
     if let Some(DatasetFields { columns, .. }) = &request.dataset {
@@ -141,7 +140,6 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
     if let Some(training) = &request.training {
         let compute = training.compute.as_deref().unwrap_or("auto");
         unsupported("training.compute", !matches!(compute, "auto" | "f32"), &compute, "auto or f32")?;
-        unsupported("training.packing", training.packing == Some(false), &training.packing, "true")?;
         unsupported("training.eval_steps", training.eval_steps.is_some(), &training.eval_steps, "null")?;
         let early_stopping = &training.early_stopping;
         unsupported("training.early_stopping", early_stopping.is_some(), early_stopping, "null")?;
@@ -218,14 +216,14 @@ fn with_auto(given: HyperparametersRequest) -> HyperparametersRequest {
 }
 
 fn options(request: &JobRequest, hyperparameters: HyperparametersRequest) -> TrainOptions {
-    let LoraFields { r, alpha, use_rslora, target_modules, .. } = request.lora.clone().unwrap_or_default();
+    let LoraFields { r, alpha, dropout, use_rslora, target_modules, .. } = request.lora.clone().unwrap_or_default();
     let DatasetFields { format, template, train_on, .. } = request.dataset.clone().unwrap_or_default();
     TrainOptions {
         seed: request.seed,
         n_epochs: hyperparameters.n_epochs.and_then(AutoOr::value),
         batch_size: hyperparameters.batch_size.and_then(AutoOr::value),
         learning_rate_multiplier: hyperparameters.learning_rate_multiplier.and_then(AutoOr::value),
-        lora: LoraOptions { r, alpha, use_rslora, target_modules },
+        lora: LoraOptions { r, alpha, dropout, use_rslora, target_modules },
         training: training_options(request.training.clone().unwrap_or_default()),
         dataset: DatasetOptions { format, template, train_on },
     }
@@ -244,8 +242,10 @@ fn training_options(fields: TrainingFields) -> TrainingOptions {
         max_grad_norm: fields.max_grad_norm,
         max_seq_length: fields.max_seq_length,
         shuffle: fields.shuffle,
+        packing: fields.packing,
         gradient_checkpointing: fields.gradient_checkpointing,
         save_steps: fields.save_steps,
+        ..TrainingOptions::default()
     }
 }
 
@@ -314,12 +314,12 @@ mod tests {
             (json!({"lora": {"r": 0}}), "lora.r"),
             (json!({"lora": {"r": -1}}), "lora.r"),
             (json!({"lora": {"r": "8"}}), "lora.r"),
-            (json!({"lora": {"dropout": 0.1}}), "lora.dropout"),
+            (json!({"lora": {"dropout": 1.0}}), "lora.dropout"),
             (json!({"lora": {"init_from": "artifact-1"}}), "lora.init_from"),
             (json!({"lora": {"target_modules": ["lm_head"]}}), "lora.target_modules"),
             (json!({"training": {"learning_rate": -1}}), "training.learning_rate"),
-            (json!({"training": {"lr_scheduler": "cosine"}}), "training.lr_scheduler"),
-            (json!({"training": {"packing": false}}), "training.packing"),
+            (json!({"training": {"lr_scheduler": "polynomial"}}), "training.lr_scheduler"),
+            (json!({"training": {"packing": 1}}), "training.packing"),
             (json!({"training": {"compute": "bf16"}}), "training.compute"),
             (json!({"training": {"early_stopping": {"patience": 3}}}), "training.early_stopping"),
             (json!({"dataset": {"format": "sharegpt"}}), "dataset.format"),

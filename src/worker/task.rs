@@ -155,6 +155,7 @@ fn train_and_export(
                 tracing::info!(total_steps, resumed_from, "training");
                 return ControlFlow::Continue(());
             }
+            TrainEvent::Evaluating { .. } => return ControlFlow::Continue(()),
             TrainEvent::Step(step) => Report::Step(metric(&step)),
             TrainEvent::Checkpoint { checkpoint, listed } => {
                 let step = checkpoint.step();
@@ -169,7 +170,7 @@ fn train_and_export(
         send(outbox, report)
     };
     let checkpoint_interval = Some(Duration::from_secs(task.checkpoint_seconds));
-    let start = Start { resume, init_from: None, checkpoint_interval };
+    let start = Start { resume, init_from: None, validation: None, checkpoint_interval };
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
     if outcome.completed {

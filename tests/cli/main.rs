@@ -86,6 +86,32 @@ fn ctrl_c_keeps_a_checkpoint_and_resume_ends_with_the_same_adapter() {
 }
 
 #[test]
+fn a_run_stops_early_and_leaves_the_best_adapter() {
+    let home = Home::new();
+    let rows = std::fs::read_to_string(home.path("rows.jsonl")).expect("a data set");
+    let held: String = rows.lines().take(12).map(|row| row.replace("They are", "zzz qqq") + "\n").collect();
+    std::fs::write(home.path("held.jsonl"), held).expect("a data set");
+    let options = "--validation held.jsonl --dropout 0.1 --optimizer adamw_8bit --lr-scheduler constant --packing false --eval-steps 2 \
+                   --early-stopping-patience 2 --n-epochs 40 --learning-rate 1e-2 --save-steps 5";
+    let arguments: Vec<&str> = options.split_whitespace().collect();
+    let trained = home.train("early", &arguments);
+    let told = stderr(&trained);
+    assert!(trained.status.success(), "{told}");
+    let (_, rest) = told.split_once("stopped early after step ").expect("an early stop");
+    let stopped: usize = rest.split(';').next().and_then(|step| step.parse().ok()).expect("a step");
+    let rows = metrics(&home.path("early"));
+    assert_eq!(rows.len(), stopped + 1);
+    let valid = |row: &String| row.split(',').nth(7).expect("valid_loss").parse::<f64>().ok();
+    let losses: Vec<Option<f64>> = rows[1..].iter().map(valid).collect();
+    assert!(losses.iter().enumerate().all(|(index, loss)| loss.is_some() == (index % 2 == 1)), "{losses:?}");
+    let least = losses.iter().flatten().copied().fold(f64::INFINITY, f64::min);
+    assert!(told.contains(&format!("the best validation loss, {least:.4}, is that of step {}", stopped - 4)), "{told}");
+
+    let alone = home.train("alone", &["--early-stopping-min-delta", "0.1"]);
+    assert!(stderr(&alone).contains("training.early_stopping needs a validation data set"), "{}", stderr(&alone));
+}
+
+#[test]
 fn the_examples_can_be_trained_on() {
     let home = Home::new();
     for name in ["alpaca", "persona"] {
@@ -131,7 +157,9 @@ fn wrong_arguments_are_told_by_name() {
     let home = Home::new();
     std::fs::write(home.path("broken.jsonl"), "{\"messages\": [\n").expect("a file");
     std::fs::write(home.path("none.gguf"), "GGUF").expect("a file");
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 12] = [
+        (&["--dropout", "1"], "lora.dropout must be in [0, 1), got `1`"),
+        (&["--eval-steps", "3"], "training.eval_steps needs a validation data set, got `3` without one"),
         (&["--learning-rate", "NaN"], "training.learning_rate must be in (0, 1], got `NaN`"),
         (&["--learning-rate", "-1"], "training.learning_rate must be in (0, 1], got `-1`"),
         (&["--r", "0"], "lora.r must be from 1 to 1024, got `0`"),

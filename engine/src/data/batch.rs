@@ -9,7 +9,10 @@ use crate::spec::TrainSpec;
 /// The label of a token that predicts nothing.
 pub const NO_LABEL: i32 = -100;
 
-/// Rows laid end to end: no padding, attention within a row only.
+/// What a padded row is filled up with: any token that the model has.
+const PADDING: u32 = 0;
+
+/// Rows laid end to end: attention within a row only.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MicroBatch {
     /// The tokens of all rows, (T).
@@ -36,6 +39,20 @@ impl MicroBatch {
             batch.cu_seqlens.push(batch.tokens.len());
         }
         batch
+    }
+
+    /// Lays the rows end to end, each filled up to the length of the longest with tokens that predict nothing. They come after
+    /// the row's own, which therefore do not see them.
+    pub fn pad<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Self {
+        let rows: Vec<&Row> = rows.into_iter().collect();
+        let longest = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
+        let padded = rows.into_iter().map(|row| {
+            let mut row = row.clone();
+            row.tokens.resize(longest, PADDING);
+            row.trained.resize(longest, false);
+            row
+        });
+        Self::pack(&padded.collect::<Vec<_>>())
     }
 
     /// Tokens with a label.
@@ -170,6 +187,21 @@ mod tests {
                     let label = if next { row.tokens[t + 1] as i32 } else { NO_LABEL };
                     prop_assert_eq!(batch.labels[span[0] + t], label);
                 }
+            }
+        }
+
+        #[test]
+        fn padding_adds_tokens_that_predict_nothing(rows in rows()) {
+            let (packed, padded) = (MicroBatch::pack(&rows), MicroBatch::pad(&rows));
+            let longest = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
+            prop_assert_eq!(padded.tokens.len(), longest * rows.len());
+            prop_assert_eq!(padded.trained_tokens(), packed.trained_tokens());
+            for (index, row) in rows.iter().enumerate() {
+                let (at, from, length) = (index * longest, packed.cu_seqlens[index], row.tokens.len());
+                prop_assert_eq!(padded.cu_seqlens[index], at);
+                prop_assert_eq!(&padded.tokens[at..at + length], &row.tokens[..]);
+                prop_assert_eq!(&padded.labels[at..at + length], &packed.labels[from..from + length]);
+                prop_assert!(padded.labels[at + length..at + longest].iter().all(|&label| label == NO_LABEL));
             }
         }
 

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 const RANK: usize = 4;
 
 fn lora() -> LoraSpec {
-    LoraSpec { r: RANK as u32, alpha: 16.0, use_rslora: true, target_modules: Target::ALL.to_vec() }
+    LoraSpec { r: RANK as u32, alpha: 16.0, dropout: 0.0, use_rslora: true, target_modules: Target::ALL.to_vec() }
 }
 
 fn tiny(folder: &Path) -> GgufFile {

@@ -13,6 +13,7 @@ use crate::gguf::GgufFile;
 use crate::model::config::{Config, Shape};
 use crate::model::linear::{self, Lora, LoraBackward, Scratch};
 use crate::model::weights::{self, Weight};
+use crate::ops::dropout::Dropout;
 use crate::ops::rope::RopeTable;
 use crate::ops::{add, attention, rms_norm, swiglu, tensor};
 use crate::spec::Target;
@@ -31,6 +32,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) config: &'a Config,
     pub(crate) rope: &'a RopeTable,
     pub(crate) lora: Option<&'a LoraParams>,
+    /// What of every LoRA's input is dropped; each projection has a mask of its own.
+    pub(crate) dropout: Option<Dropout>,
     pub(crate) scratch: &'a Scratch,
 }
 
@@ -205,7 +208,9 @@ impl Block {
 
     fn lora<'a>(&self, target: Target, pass: &Pass<'a>) -> Option<Lora<'a>> {
         let params = pass.lora?;
-        params.pair(self.layer, target).map(|pair| Lora { pair, scale: params.scale() })
+        let place = (self.layer * Target::ALL.len() + target.index()) as u64;
+        let dropout = pass.dropout.map(|dropout| dropout.at(place));
+        params.pair(self.layer, target).map(|pair| Lora { pair, scale: params.scale(), dropout })
     }
 
     fn lora_backward<'a>(

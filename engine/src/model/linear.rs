@@ -1,6 +1,7 @@
 //! A frozen projection with an optional LoRA: y = W x + scale · B (A x).
 //!
 //! Backward: with u = A x saved, dB += scale · dyᵀ u, du = scale · dy B, dA += duᵀ x, dx = dy W + du A. W is frozen.
+//! With dropout, D(x) stands in the place of x in u = A D(x) and in dA, and D(du A) in the place of du A: D is its own backward.
 //! Shapes: x, dx (T, in), y, dy (T, out), u, du (T, R), W (out, in) in stored blocks, dequantized into one reused buffer each
 //! time it is used.
 
@@ -9,6 +10,8 @@ use candle_core::Tensor;
 use crate::Result;
 use crate::adapter::LoraPair;
 use crate::model::weights::Weight;
+use crate::ops::add::add;
+use crate::ops::dropout::{self, Dropout};
 use crate::ops::host_mut;
 use crate::ops::matmul::gemm;
 use crate::ops::tensor;
@@ -37,6 +40,8 @@ impl Scratch {
 pub(crate) struct Lora<'a> {
     pub(crate) pair: &'a LoraPair,
     pub(crate) scale: f32,
+    /// What of its input is dropped in this pass.
+    pub(crate) dropout: Option<Dropout>,
 }
 
 /// out = beta · out + W x + scale · B (A x); returns u = A x where there is a LoRA.
@@ -49,10 +54,10 @@ pub(crate) fn forward(
     scratch: &Scratch,
 ) -> Result<Option<Tensor>> {
     gemm(out, x, &scratch.dequantize(weight)?.t()?, 1.0, beta)?;
-    let Some(Lora { pair, scale }) = lora else { return Ok(None) };
+    let Some(Lora { pair, scale, dropout }) = lora else { return Ok(None) };
     let (tokens, rank) = (x.dim(0)?, pair.lora_a.dim(0)?);
     let u = tensor(vec![0f32; tokens * rank], (tokens, rank))?;
-    gemm(&u, x, &pair.lora_a.t()?, 1.0, 0.0)?;
+    gemm(&u, &dropped(x, dropout)?, &pair.lora_a.t()?, 1.0, 0.0)?;
     gemm(out, &u, &pair.lora_b.t()?, scale, 1.0)?;
     Ok(Some(u))
 }
@@ -80,15 +85,37 @@ pub(crate) fn backward(
     if let Some((dx, beta)) = dx {
         gemm(dx, dy, &scratch.dequantize(weight)?, 1.0, beta)?;
     }
-    let Some(LoraBackward { lora: Lora { pair, scale }, gradient, x, u }) = lora else { return Ok(()) };
+    let Some(LoraBackward { lora: Lora { pair, scale, dropout }, gradient, x, u }) = lora else { return Ok(()) };
     gemm(&gradient.lora_b, &dy.t()?, u, scale, 1.0)?;
     let du = tensor(vec![0f32; u.elem_count()], u.dims2()?)?;
     gemm(&du, dy, &pair.lora_b, scale, 0.0)?;
-    gemm(&gradient.lora_a, &du.t()?, x, 1.0, 1.0)?;
-    match dx {
-        Some((dx, _)) => gemm(dx, &du, &pair.lora_a, 1.0, 1.0),
-        None => Ok(()),
+    gemm(&gradient.lora_a, &du.t()?, &dropped(x, dropout)?, 1.0, 1.0)?;
+    match (dx, dropout) {
+        (None, _) => Ok(()),
+        (Some((dx, _)), None) => gemm(dx, &du, &pair.lora_a, 1.0, 1.0),
+        (Some((dx, _)), Some(dropout)) => {
+            let through_lora = tensor(vec![0f32; x.elem_count()], x.dims2()?)?;
+            gemm(&through_lora, &du, &pair.lora_a, 1.0, 0.0)?;
+            drop_in_place(&through_lora, &dropout)?;
+            add(dx, &through_lora)
+        }
     }
+}
+
+/// The LoRA's input: x itself, or what dropout leaves of it.
+fn dropped(x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    let Some(dropout) = dropout else { return Ok(x.clone()) };
+    let dropped = x.copy()?;
+    drop_in_place(&dropped, &dropout)?;
+    Ok(dropped)
+}
+
+fn drop_in_place(x: &Tensor, dropout: &Dropout) -> Result<()> {
+    let columns = x.dim(1)?;
+    host_mut(x, |values| {
+        dropout::apply_in_place(values, 0, columns, dropout);
+        Ok(())
+    })
 }
 
 #[cfg(test)]
@@ -101,7 +128,22 @@ mod tests {
 
     #[test]
     fn backward_is_the_gradient_of_forward() {
+        check_backward(None);
+    }
+
+    #[test]
+    fn backward_is_the_gradient_of_forward_under_a_fixed_mask() {
+        check_backward(Dropout::new(0.4, &[1]));
+    }
+
+    fn check_backward(dropout: Option<Dropout>) {
         let (tokens, rows, columns, rank, scale) = (5, 7, 6, 3, 0.5f32);
+        let mut mask = vec![1f32; tokens * columns];
+        if let Some(dropout) = &dropout {
+            dropout::apply_in_place(&mut mask, 0, columns, dropout);
+            assert!(mask.contains(&0.0) && mask.iter().any(|&factor| factor > 1.0));
+        }
+        let mask = tensor(mask, (tokens, columns)).unwrap().to_dtype(DType::F64).unwrap();
         let (x, a, b) = (randn(&[tokens, columns]), randn(&[rank, columns]), randn(&[rows, rank]));
         let (weight, dy, begun) = (randn(&[rows, columns]), randn(&[tokens, rows]), randn(&[tokens, columns]));
         let values: Vec<f32> = f32(&weight).flatten_all().unwrap().to_vec1().unwrap();
@@ -109,7 +151,7 @@ mod tests {
         let stored = Weight::from_bytes(&bytes, BlockType::F32, (rows, columns)).unwrap();
         let weight = f32(&weight).to_dtype(DType::F64).unwrap();
         let naive = |inputs: &[Tensor]| {
-            let u = inputs[0].matmul(&inputs[1].t().unwrap()).unwrap();
+            let u = (&inputs[0] * &mask).unwrap().matmul(&inputs[1].t().unwrap()).unwrap();
             let delta = (u.matmul(&inputs[2].t().unwrap()).unwrap() * f64::from(scale)).unwrap();
             (inputs[0].matmul(&weight.t().unwrap()).unwrap() + delta).unwrap()
         };
@@ -117,7 +159,7 @@ mod tests {
         let expected = reference(&inputs, &dy, naive);
         let [x, lora_a, lora_b] = inputs.each_ref().map(f32);
         let (pair, scratch) = (LoraPair { lora_a, lora_b }, Scratch::new(rows * columns).unwrap());
-        let lora = Lora { pair: &pair, scale };
+        let lora = Lora { pair: &pair, scale, dropout };
         let y = f32(&randn(&[tokens, rows]));
         let u = forward(&y, &x, &stored, Some(lora), 0.0, &scratch).unwrap().expect("a LoRA");
         assert_close("y", &y, &naive(&inputs), 1e-5);

@@ -15,6 +15,7 @@ use crate::model::config::Config;
 use crate::model::linear::Scratch;
 use crate::model::weights::{self, MappedFile, Weight};
 use crate::ops::cross_entropy::{self, Loss};
+use crate::ops::dropout::Dropout;
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, rms_norm, tensor};
 use crate::spec::Target;
@@ -51,6 +52,18 @@ impl KvCache {
     pub fn capacity(&self) -> usize {
         self.capacity
     }
+}
+
+/// How a micro-batch is trained on.
+#[derive(Debug, Clone, Copy)]
+pub struct MicroStep {
+    /// What the gradient is multiplied with: 1 ÷ trained tokens of the whole step.
+    pub scale: f32,
+    /// Blocks that keep their activations for backward, counted from the last one; the others keep their input alone and run
+    /// forward again. Does not change a bit of the result.
+    pub kept_layers: usize,
+    /// What of every LoRA's input is dropped.
+    pub dropout: Option<Dropout>,
 }
 
 /// A block's activations between forward and backward.
@@ -109,8 +122,7 @@ impl Llama {
         RopeTable::new(positions, &self.config.rope_frequencies, self.config.shape.rope_layout)
     }
 
-    /// The loss of a micro-batch; adds its gradient, times `scale`, to `gradient`. With `recompute`, each block keeps only its
-    /// input and runs forward again.
+    /// The loss of a micro-batch; adds its gradient, times the step's scale, to `gradient`.
     ///
     /// # Errors
     /// Tokens or shapes that do not fit the model.
@@ -119,21 +131,22 @@ impl Llama {
         batch: &MicroBatch,
         lora: &LoraParams,
         gradient: &LoraParams,
-        scale: f32,
-        recompute: bool,
+        step: MicroStep,
     ) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
         let scratch = self.scratch();
-        let pass = Pass { config: &self.config, rope: &rope, lora: Some(lora), scratch: &scratch };
+        let pass =
+            Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: step.dropout, scratch: &scratch };
         let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
+        let first_kept = self.blocks.len().saturating_sub(step.kept_layers);
         let mut kept = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
+        for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(x.clone(), &batch.cu_seqlens, &pass)?;
-            kept.push(if recompute { Kept::Input(x) } else { Kept::Everything(saved) });
+            kept.push(if layer < first_kept { Kept::Input(x) } else { Kept::Everything(saved) });
             x = y;
         }
         let (n, rstd) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
-        let (loss, dn) = cross_entropy::forward_backward(&n, self.lm_head(), &batch.labels, scale)?;
+        let (loss, dn) = cross_entropy::forward_backward(&n, self.lm_head(), &batch.labels, step.scale)?;
 
         let dresidual = tensor(vec![0f32; x.elem_count()], x.dims2()?)?;
         rms_norm::backward_add(&dresidual, &dn, &x, &self.norm, &rstd)?;
@@ -148,6 +161,22 @@ impl Llama {
         Ok(loss)
     }
 
+    /// The loss of a micro-batch, and nothing for a backward pass: no activation is kept, nothing is dropped.
+    ///
+    /// # Errors
+    /// Tokens or shapes that do not fit the model.
+    pub fn evaluate(&self, batch: &MicroBatch, lora: &LoraParams) -> Result<Loss> {
+        let rope = self.rope(&batch.positions);
+        let scratch = self.scratch();
+        let pass = Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: None, scratch: &scratch };
+        let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
+        for block in &self.blocks {
+            x = block.forward(x, &batch.cu_seqlens, &pass)?.0;
+        }
+        let (n, _) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
+        cross_entropy::forward(&n, self.lm_head(), &batch.labels)
+    }
+
     /// Logits (T, V) of every token of one sequence.
     ///
     /// # Errors
@@ -156,7 +185,7 @@ impl Llama {
         let positions: Vec<u32> = (0..tokens.len() as u32).collect();
         let rope = self.rope(&positions);
         let scratch = self.scratch();
-        let pass = Pass { config: &self.config, rope: &rope, lora, scratch: &scratch };
+        let pass = Pass { config: &self.config, rope: &rope, lora, dropout: None, scratch: &scratch };
         let mut x = embedding::forward(&self.embed_tokens, tokens)?;
         for block in &self.blocks {
             x = block.forward(x, &[0, tokens.len()], &pass)?.0;
@@ -200,7 +229,7 @@ impl Llama {
         let positions: Vec<u32> = (cache.position as u32..end as u32).collect();
         let rope = self.rope(&positions);
         let scratch = self.scratch();
-        let pass = Pass { config: &self.config, rope: &rope, lora, scratch: &scratch };
+        let pass = Pass { config: &self.config, rope: &rope, lora, dropout: None, scratch: &scratch };
         let mut x = embedding::forward(&self.embed_tokens, tokens)?;
         for (block, block_cache) in self.blocks.iter().zip(&cache.blocks) {
             x = block.decode(x, block_cache, cache.position, &pass)?;

@@ -8,4 +8,4 @@ pub mod weights;
 
 pub(crate) use block::gguf_name;
 pub use config::{Config, Shape};
-pub use llama::{KvCache, Llama};
+pub use llama::{KvCache, Llama, MicroStep};

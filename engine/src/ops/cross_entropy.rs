@@ -44,7 +44,16 @@ impl std::ops::AddAssign for Loss {
 /// # Errors
 /// Shapes that do not fit.
 pub fn forward_backward(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32) -> Result<(Loss, Tensor)> {
-    in_chunks(h, weight, labels, scale, Sizes::of(weight))
+    let (loss, dh) = in_chunks(h, weight, labels, Some(scale), Sizes::of(weight))?;
+    Ok((loss, tensor(dh, h.dims2()?)?))
+}
+
+/// The loss alone; labels as in [`forward_backward`].
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn forward(h: &Tensor, weight: &Weight, labels: &[i32]) -> Result<Loss> {
+    Ok(in_chunks(h, weight, labels, None, Sizes::of(weight))?.0)
 }
 
 /// How much is computed at once.
@@ -63,14 +72,21 @@ impl Sizes {
     }
 }
 
-fn in_chunks(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32, sizes: Sizes) -> Result<(Loss, Tensor)> {
+/// The loss and, where there is a `scale` for it, dh.
+fn in_chunks(
+    h: &Tensor,
+    weight: &Weight,
+    labels: &[i32],
+    scale: Option<f32>,
+    sizes: Sizes,
+) -> Result<(Loss, Vec<f32>)> {
     let (tokens, columns) = h.dims2()?;
     if labels.len() != tokens || weight.columns() != columns {
         bail!("cross_entropy: {tokens} tokens, {} labels, weight {:?}", labels.len(), weight.columns());
     }
     let h = host(h)?;
     let trained: Vec<usize> = (0..tokens).filter(|&token| labels[token] != IGNORE).collect();
-    let mut dh = vec![0f32; tokens * columns];
+    let mut dh = vec![0f32; if scale.is_some() { tokens * columns } else { 0 }];
     let mut total = Loss::default();
     let chunk_tokens = sizes.chunk_tokens.min(trained.len().max(1));
     let mut buffers = Buffers::new(weight, chunk_tokens, sizes.band_rows);
@@ -80,15 +96,18 @@ fn in_chunks(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32, sizes: Siz
         let losses: Vec<Loss> = logits
             .par_chunks_mut(weight.rows())
             .zip(chunk)
-            .map(|(logits, &token)| token_loss(logits, labels[token], scale))
+            .map(|(logits, &token)| token_loss(logits, labels[token], scale.unwrap_or(0.0)))
             .collect();
         losses.into_iter().for_each(|loss| total += loss);
+        if scale.is_none() {
+            continue;
+        }
         let drows = buffers.project_back(chunk.len())?;
         for (drow, &token) in drows.chunks_exact(columns).zip(chunk) {
             dh[token * columns..(token + 1) * columns].copy_from_slice(drow);
         }
     }
-    Ok((total, tensor(dh, (tokens, columns))?))
+    Ok((total, dh))
 }
 
 /// Logits of every row of h, in f32.
@@ -234,7 +253,9 @@ mod tests {
         let total = naive(&h, &weight, &labels).to_scalar::<f64>().unwrap();
         for (chunk_tokens, band_rows) in [(100, 10), (2, 4), (1, 1), (3, 7)] {
             let sizes = Sizes { chunk_tokens, band_rows };
-            let (loss, dh) = in_chunks(&f32(&h), &stored, &labels, 0.25, sizes).unwrap();
+            let (loss, dh) = in_chunks(&f32(&h), &stored, &labels, Some(0.25), sizes).unwrap();
+            let dh = tensor(dh, (tokens, columns)).unwrap();
+            assert_eq!(in_chunks(&f32(&h), &stored, &labels, None, sizes).unwrap(), (loss, Vec::new()));
             assert!((loss.sum - total).abs() < 1e-5 * total, "{loss:?} not {total}");
             assert_eq!(loss.tokens, 5);
             assert_close("dh", &dh, &expected[0], 1e-4);

@@ -5,9 +5,11 @@
 //! overwrite, the residual stream adds; no output aliases a saved input.
 
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
 pub mod matmul;
 pub mod rms_norm;

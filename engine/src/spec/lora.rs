@@ -60,10 +60,40 @@ pub struct LoraOptions {
     pub r: Option<u32>,
     /// Numerator of the scale.
     pub alpha: Option<f64>,
+    /// Share of the LoRA's input that is dropped.
+    pub dropout: Option<f64>,
     /// Whether the scale is alpha/√r instead of alpha/r.
     pub use_rslora: Option<bool>,
     /// Projections that get a LoRA.
     pub target_modules: Option<Vec<String>>,
+}
+
+impl LoraOptions {
+    /// Takes what was not said from the LoRA that the run starts with (dropout excepted, which is no part of it).
+    ///
+    /// # Errors
+    /// A value that was said and is another.
+    pub fn inherit(&mut self, from: &LoraSpec) -> Result<(), SpecError> {
+        fn take<T: PartialEq + Clone>(
+            field: &'static str,
+            said: &mut Option<T>,
+            right: T,
+            show: impl Fn(&T) -> String,
+        ) -> Result<(), SpecError> {
+            let said = said.get_or_insert_with(|| right.clone());
+            let expected = format!("{}, as the adapter that lora.init_from names has it, or absent", show(&right));
+            check(*said == right, field, show(said), &expected)
+        }
+        let mut names: Vec<String> = from.target_modules.iter().map(|target| target.name().to_owned()).collect();
+        names.sort_unstable();
+        if let Some(said) = &mut self.target_modules {
+            said.sort_unstable();
+        }
+        take("lora.r", &mut self.r, from.r, u32::to_string)?;
+        take("lora.alpha", &mut self.alpha, from.alpha, f64::to_string)?;
+        take("lora.use_rslora", &mut self.use_rslora, from.use_rslora, bool::to_string)?;
+        take("lora.target_modules", &mut self.target_modules, names, |names| names.join(", "))
+    }
 }
 
 /// LoRA: y = W x + scale · B (A x).
@@ -73,6 +103,9 @@ pub struct LoraSpec {
     pub r: u32,
     /// Numerator of the scale, 0.001 to 100000. Default 16.
     pub alpha: f64,
+    /// Share of the LoRA's input (never the frozen weight's) that is dropped in training, in [0, 1). Default 0.
+    #[serde(default)]
+    pub dropout: f64,
     /// Scale alpha/√r instead of alpha/r. Default false.
     pub use_rslora: bool,
     /// Projections with a LoRA, in the block's order. Default all seven.
@@ -92,11 +125,13 @@ pub(super) fn resolve(options: &LoraOptions) -> Result<LoraSpec, SpecError> {
     check((1..=1024).contains(&r), "lora.r", r, "from 1 to 1024")?;
     let alpha = options.alpha.unwrap_or(16.0);
     check((1e-3..=1e5).contains(&alpha), "lora.alpha", alpha, "from 0.001 to 100000")?;
+    let dropout = options.dropout.unwrap_or(0.0);
+    check((0.0..1.0).contains(&dropout), "lora.dropout", dropout, "in [0, 1)")?;
     let target_modules = match &options.target_modules {
         None => Target::ALL.to_vec(),
         Some(names) => resolve_targets(names)?,
     };
-    Ok(LoraSpec { r, alpha, use_rslora: options.use_rslora.unwrap_or(false), target_modules })
+    Ok(LoraSpec { r, alpha, dropout, use_rslora: options.use_rslora.unwrap_or(false), target_modules })
 }
 
 fn resolve_targets(names: &[String]) -> Result<Vec<Target>, SpecError> {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use dataset::{DatasetFormat, DatasetOptions, DatasetSpec, Template, TrainOn};
 pub use lora::{LoraOptions, LoraSpec, Target};
-pub use training::{GradientCheckpointing, LrScheduler, Optimizer, TrainingOptions, TrainingSpec};
+pub use training::{EarlyStopping, GradientCheckpointing, LrScheduler, Optimizer, TrainingOptions, TrainingSpec};
 
 /// A hyperparameter that cannot be used: which one, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -138,6 +138,12 @@ mod tests {
                 error(|o| o.training.learning_rate = Some(f64::NAN)),
                 "training.learning_rate must be in (0, 1], got `NaN`",
             ),
+            (error(|o| o.lora.dropout = Some(1.0)), "lora.dropout must be in [0, 1), got `1`"),
+            (
+                error(|o| o.training.early_stopping = Some(EarlyStopping { patience: 0, min_delta: 0.0 })),
+                "training.early_stopping.patience must be from 1 to 10000, got `0`",
+            ),
+            (error(|o| o.training.eval_steps = Some(0)), "training.eval_steps must be from 1 to 10000000, got `0`"),
             (error(|o| o.lora.alpha = Some(f64::INFINITY)), "lora.alpha must be from 0.001 to 100000, got `inf`"),
             (
                 error(|o| o.lora.target_modules = Some(vec!["lm_head".into()])),
@@ -163,6 +169,28 @@ mod tests {
             o.training.learning_rate = Some(2e-4);
         });
         assert_eq!(twice.field, "learning_rate_multiplier");
+    }
+
+    #[test]
+    fn a_lora_to_start_with_gives_what_was_not_said_and_must_agree_with_the_rest() {
+        let names = ["v_proj", "q_proj"].map(str::to_owned).to_vec();
+        let mut of_adapter = LoraOptions { r: Some(4), alpha: Some(8.0), ..LoraOptions::default() };
+        of_adapter.target_modules = Some(names.clone());
+        let options = TrainOptions { lora: of_adapter, ..TrainOptions::default() };
+        let adapter = TrainSpec::resolve(&options).expect("in range").lora;
+        let dropout = Some(0.1);
+        let mut said = LoraOptions { r: Some(4), target_modules: Some(names), dropout, ..LoraOptions::default() };
+        said.inherit(&adapter).expect("it agrees");
+        let options = TrainOptions { lora: said, ..TrainOptions::default() };
+        assert_eq!(TrainSpec::resolve(&options).expect("in range").lora, LoraSpec { dropout: 0.1, ..adapter.clone() });
+        let refused = |mut said: LoraOptions| said.inherit(&adapter).expect_err("it does not agree");
+        assert_eq!(
+            refused(LoraOptions { r: Some(8), ..LoraOptions::default() }).to_string(),
+            "lora.r must be 4, as the adapter that lora.init_from names has it, or absent, got `8`"
+        );
+        assert_eq!(refused(LoraOptions { alpha: Some(9.0), ..LoraOptions::default() }).field, "lora.alpha");
+        let target_modules = Some(vec!["q_proj".to_owned()]);
+        assert_eq!(refused(LoraOptions { target_modules, ..LoraOptions::default() }).field, "lora.target_modules");
     }
 
     #[test]

@@ -11,6 +11,10 @@ pub enum LrScheduler {
     /// In a straight line to 0 at the last step.
     #[default]
     Linear,
+    /// Along half a wave of the cosine to 0 at the last step.
+    Cosine,
+    /// Not at all.
+    Constant,
 }
 
 /// Which activations a layer keeps for its backward pass.
@@ -34,6 +38,31 @@ pub enum Optimizer {
     #[default]
     #[serde(rename = "adamw")]
     AdamW,
+    /// AdamW, moments in blocks of 8-bit codes as bitsandbytes keeps them.
+    #[serde(rename = "adamw_8bit")]
+    AdamW8bit,
+}
+
+/// When a run ends before its last step: the validation loss has not fallen for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EarlyStopping {
+    /// Evaluations in a row without a better loss, 1 to 10000, after which the run ends. Default 3.
+    #[serde(default = "default_patience")]
+    pub patience: u32,
+    /// How much lower a loss must be to count as better, 0 to 100 nats. Default 0.
+    #[serde(default)]
+    pub min_delta: f64,
+}
+
+impl Default for EarlyStopping {
+    fn default() -> Self {
+        Self { patience: default_patience(), min_delta: 0.0 }
+    }
+}
+
+fn default_patience() -> u32 {
+    3
 }
 
 /// What a caller said about the training loop.
@@ -61,10 +90,16 @@ pub struct TrainingOptions {
     pub max_seq_length: Option<u32>,
     /// Whether rows are drawn in a new order every epoch.
     pub shuffle: Option<bool>,
+    /// Whether the rows of a micro-batch lie end to end instead of being padded to one length.
+    pub packing: Option<bool>,
     /// Which activations are kept.
     pub gradient_checkpointing: Option<GradientCheckpointing>,
+    /// Steps between evaluations; `None`: one at the end of each epoch, where there is a validation data set.
+    pub eval_steps: Option<u32>,
     /// Steps between listed checkpoints; `None`: one at the end of each epoch.
     pub save_steps: Option<u32>,
+    /// When to end before the last step.
+    pub early_stopping: Option<EarlyStopping>,
 }
 
 /// The training loop.
@@ -93,10 +128,23 @@ pub struct TrainingSpec {
     pub max_seq_length: Option<u32>,
     /// A new row order every epoch. Default true.
     pub shuffle: bool,
+    /// The rows of a micro-batch lie end to end; else each is padded to the longest of them, which costs time and changes no
+    /// result. Default true.
+    #[serde(default = "yes")]
+    pub packing: bool,
     /// Which activations are kept. Default auto.
     pub gradient_checkpointing: GradientCheckpointing,
+    /// Steps between evaluations on the validation data set, which it needs; `None`: one at the end of each epoch, where there
+    /// is one. The last step is always followed by one.
+    pub eval_steps: Option<u32>,
     /// Steps between listed checkpoints; `None`: one at the end of each epoch.
     pub save_steps: Option<u32>,
+    /// When to end before the last step; it needs a validation data set, and the result is the LoRA of the best evaluation.
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 pub(super) fn resolve(options: &TrainOptions) -> Result<TrainingSpec, SpecError> {
@@ -113,11 +161,17 @@ pub(super) fn resolve(options: &TrainOptions) -> Result<TrainingSpec, SpecError>
     for (field, value, least) in [
         ("training.max_steps", training.max_steps, 1),
         ("training.save_steps", training.save_steps, 1),
+        ("training.eval_steps", training.eval_steps, 1),
         ("training.max_seq_length", training.max_seq_length, 2),
     ] {
         if let Some(value) = value {
             check((least..=10_000_000).contains(&value), field, value, &format!("from {least} to 10000000"))?;
         }
+    }
+    if let Some(EarlyStopping { patience, min_delta }) = training.early_stopping {
+        let (patience_ok, delta_ok) = ((1..=10_000).contains(&patience), (0.0..=100.0).contains(&min_delta));
+        check(patience_ok, "training.early_stopping.patience", patience, "from 1 to 10000")?;
+        check(delta_ok, "training.early_stopping.min_delta", min_delta, "from 0 to 100")?;
     }
     Ok(TrainingSpec {
         max_steps: training.max_steps,
@@ -131,8 +185,11 @@ pub(super) fn resolve(options: &TrainOptions) -> Result<TrainingSpec, SpecError>
         max_grad_norm,
         max_seq_length: training.max_seq_length,
         shuffle: training.shuffle.unwrap_or(true),
+        packing: training.packing.unwrap_or(true),
         gradient_checkpointing: training.gradient_checkpointing.unwrap_or_default(),
+        eval_steps: training.eval_steps,
         save_steps: training.save_steps,
+        early_stopping: training.early_stopping,
     })
 }
 

@@ -1,33 +1,44 @@
-//! A run's state in one file: parameters, both moments, step, tokens so far, and which run it belongs to.
+//! A run's state, and its file: parameters, moments, where the run stands, and which run it is.
 //!
-//! The row order and the initial values depend only on the seed, the loader only on seed and step: the step is also the state
-//! of the random numbers and of the data cursor. Written to a new name, synced, then renamed: it is whole or absent.
+//! The row order and the initial values depend only on the seed, the loader only on seed and step, dropout on both: the step is
+//! also the state of the random numbers and of the data cursor. The file is a safetensors file with one key of metadata,
+//! streamed to a new name, synced, then renamed: it is whole or absent.
 
-use std::collections::HashMap;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use candle_core::Tensor;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
+use super::evaluation::Best;
+use super::moments::Moments;
+use crate::adapter::LoraLayout;
 use crate::data::Dataset;
-use crate::files::write_atomically;
+use crate::files::write_atomically_with;
 use crate::model::Llama;
-use crate::ops::{host, tensor};
-use crate::spec::TrainSpec;
+use crate::ops::{Host, host, tensor};
+use crate::spec::{Optimizer, TrainSpec};
 use crate::{Error, Result};
 
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const METADATA_KEY: &str = "lorad";
-const TENSOR: &str = "state";
+const PARAMETERS: &str = "parameters";
+const BEST: &str = "best_parameters";
+/// Values that are turned into bytes at once.
+const PIECE: usize = 1 << 14;
 
-/// Where a run stands. The one that an event carries shows the live state: save it before the next step.
+/// Where a run stands. The one that an event carries is the live state: save it before the next step.
 #[derive(Debug)]
 pub struct Checkpoint {
     pub(super) header: Header,
-    /// (3, N): parameters, first moments, second moments.
-    pub(super) state: Tensor,
+    /// (N), the LoRA's flat buffer.
+    pub(super) parameters: Tensor,
+    pub(super) moments: Moments,
+    /// (N), the parameters of the best evaluation, where the run may end with them.
+    pub(super) best: Option<Tensor>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +49,41 @@ pub(super) struct Header {
     pub(super) trained_tokens: u64,
     /// What must be the same for the run to go on: specification, model, data.
     pub(super) run: String,
+    /// Blocks that keep their activations, decided once a run.
+    pub(super) kept_layers: usize,
+    pub(super) optimizer: Optimizer,
+    /// The best evaluation so far, where early stopping looks for it.
+    pub(super) best: Option<Best>,
+}
+
+/// A tensor of the file.
+pub(super) enum Stored<'a> {
+    Tensor(Host<'a>),
+    Values(&'a [f32]),
+    Codes(&'a [u8]),
+}
+
+impl Stored<'_> {
+    /// Its type's name, its length, its bytes.
+    fn describe(&self) -> (&'static str, usize, usize) {
+        match self {
+            Self::Tensor(values) => ("F32", values.len(), 4 * values.len()),
+            Self::Values(values) => ("F32", values.len(), 4 * values.len()),
+            Self::Codes(codes) => ("U8", codes.len(), codes.len()),
+        }
+    }
+
+    fn write(&self, file: &mut impl Write) -> std::io::Result<()> {
+        let values: &[f32] = match self {
+            Self::Codes(codes) => return file.write_all(codes),
+            Self::Tensor(values) => values,
+            Self::Values(values) => values,
+        };
+        values.chunks(PIECE).try_for_each(|piece| {
+            let bytes: Vec<u8> = piece.iter().flat_map(|value| value.to_le_bytes()).collect();
+            file.write_all(&bytes)
+        })
+    }
 }
 
 impl Checkpoint {
@@ -56,14 +102,35 @@ impl Checkpoint {
     /// # Errors
     /// A folder that cannot be written or is full; what was there before stays.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let bytes: Vec<u8> = host(&self.state)?.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let damaged = |error: &dyn std::fmt::Display| Error::Checkpoint(format!("it cannot be written: {error}"));
-        let view = TensorView::new(Dtype::F32, self.state.dims().to_vec(), &bytes).map_err(|error| damaged(&error))?;
-        let header = serde_json::to_string(&self.header).map_err(|error| damaged(&error))?;
-        // One key only: safetensors writes them in the order of a hash map.
-        let metadata = Some(HashMap::from([(METADATA_KEY.to_owned(), header)]));
-        let file = safetensors::serialize([(TENSOR, view)], metadata).map_err(|error| damaged(&error))?;
-        write_atomically(path, &file)
+        let mut tensors = vec![(PARAMETERS, Stored::Tensor(host(&self.parameters)?))];
+        tensors.extend(self.moments.stored()?);
+        if let Some(best) = &self.best {
+            tensors.push((BEST, Stored::Tensor(host(best)?)));
+        }
+        let header = self.safetensors_header(&tensors)?;
+        write_atomically_with(path, |file| {
+            let mut file = BufWriter::new(file);
+            file.write_all(&(header.len() as u64).to_le_bytes())?;
+            file.write_all(&header)?;
+            tensors.iter().try_for_each(|(_, stored)| stored.write(&mut file))?;
+            file.flush()
+        })
+    }
+
+    fn safetensors_header(&self, tensors: &[(&str, Stored<'_>)]) -> Result<Vec<u8>> {
+        let unwritable = |error: serde_json::Error| Error::Checkpoint(format!("it cannot be written: {error}"));
+        let own = serde_json::to_string(&self.header).map_err(unwritable)?;
+        let mut header = json!({"__metadata__": {METADATA_KEY: own}});
+        let mut begin = 0;
+        for (name, stored) in tensors {
+            let (dtype, length, size_bytes) = stored.describe();
+            let end = begin + size_bytes;
+            header[*name] = json!({"dtype": dtype, "shape": [length], "data_offsets": [begin, end]});
+            begin = end;
+        }
+        let mut header = serde_json::to_vec(&header).map_err(unwritable)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        Ok(header)
     }
 
     /// Reads one.
@@ -72,70 +139,146 @@ impl Checkpoint {
     /// A file that is missing, cut or of another format.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        let damaged = |what: &str| Error::Checkpoint(format!("{what} cannot be read"));
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|_| damaged("its header"))?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|_| damaged("header"))?;
         let json = metadata.metadata().as_ref().and_then(|map| map.get(METADATA_KEY));
-        let header: Header = serde_json::from_str(json.ok_or_else(|| damaged("its description"))?)
-            .map_err(|_| damaged("its description"))?;
-        if header.format != FORMAT {
-            return Err(Error::Checkpoint(format!("format must be {FORMAT}, got `{}`", header.format)));
+        let json: serde_json::Value =
+            serde_json::from_str(json.ok_or_else(|| damaged("description"))?).map_err(|_| damaged("description"))?;
+        if json["format"] != FORMAT {
+            return Err(Error::Checkpoint(format!("its format must be {FORMAT}, got `{}`", json["format"])));
         }
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged("its header"))?;
-        let state = tensors.tensor(TENSOR).map_err(|_| damaged("its tensor"))?;
-        let (Dtype::F32, &[3, len]) = (state.dtype(), state.shape()) else {
-            return Err(damaged("its tensor"));
-        };
-        let values = state.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        Ok(Self { header, state: tensor(values, (3, len))? })
+        let header: Header = serde_json::from_value(json).map_err(|_| damaged("description"))?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged("header"))?;
+        let file = File { tensors };
+        let parameters = file.values(PARAMETERS)?;
+        let count = parameters.len();
+        let best = header.best.as_ref().map(|_| file.values(BEST)).transpose()?;
+        if best.as_ref().is_some_and(|best| best.len() != count) {
+            return Err(damaged("best parameters"));
+        }
+        Ok(Self {
+            moments: Moments::load(header.optimizer, &file)?,
+            header,
+            parameters: tensor(parameters, count)?,
+            best: best.map(|best| tensor(best, count)).transpose()?,
+        })
+    }
+
+    /// Whether it can be the state of a LoRA of that layout.
+    pub(super) fn fits(&self, layout: &LoraLayout) -> bool {
+        self.parameters.dims() == [layout.len()] && self.moments.fit(layout)
     }
 }
 
+/// A checkpoint file that is being read.
+pub(super) struct File<'a> {
+    tensors: SafeTensors<'a>,
+}
+
+impl File<'_> {
+    /// A tensor of f32.
+    pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let bytes = self.bytes(name, Dtype::F32)?;
+        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    /// A tensor of bytes.
+    pub(super) fn codes(&self, name: &str) -> Result<Vec<u8>> {
+        Ok(self.bytes(name, Dtype::U8)?.to_vec())
+    }
+
+    fn bytes(&self, name: &str, dtype: Dtype) -> Result<&[u8]> {
+        let found = self.tensors.tensor(name).map_err(|_| damaged(&format!("tensor `{name}`")))?;
+        if found.dtype() != dtype || found.shape().len() != 1 {
+            return Err(damaged(&format!("tensor `{name}`")));
+        }
+        Ok(found.data())
+    }
+}
+
+pub(super) fn damaged(what: &str) -> Error {
+    Error::Checkpoint(format!("its {what} cannot be read"))
+}
+
 /// A digest of all that must be the same for a run to go on with the same numbers.
-pub(super) fn run_digest(spec: &TrainSpec, model: &Llama, dataset: &Dataset) -> Result<String> {
+pub(super) fn run_digest(
+    spec: &TrainSpec,
+    model: &Llama,
+    dataset: &Dataset,
+    validation: Option<&Dataset>,
+) -> Result<String> {
     let mut digest = Sha256::new();
     let spec = serde_json::to_vec(spec).map_err(|error| Error::Checkpoint(error.to_string()))?;
     digest.update(&spec);
     digest.update(model.file_sha256());
+    add_rows(&mut digest, dataset);
+    if let Some(validation) = validation {
+        digest.update(b"validation");
+        add_rows(&mut digest, validation);
+    }
+    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn add_rows(digest: &mut Sha256, dataset: &Dataset) {
     for row in &dataset.rows {
         digest.update((row.tokens.len() as u64).to_le_bytes());
         row.tokens.iter().for_each(|token| digest.update(token.to_le_bytes()));
         row.trained.iter().for_each(|&trained| digest.update([u8::from(trained)]));
     }
-    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-pub(super) fn header(step: u32, trained_tokens: u64, run: &str) -> Header {
-    Header { format: FORMAT, step, trained_tokens, run: run.to_owned() }
+impl Header {
+    /// Of a run before its first step.
+    pub(super) fn new(run: &str, kept_layers: usize, optimizer: Optimizer) -> Self {
+        Self { format: FORMAT, step: 0, trained_tokens: 0, run: run.to_owned(), kept_layers, optimizer, best: None }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Shape;
+    use crate::spec::Optimizer;
 
-    fn checkpoint() -> Checkpoint {
-        let state = tensor((0..12).map(|i| i as f32 / 7.0).collect(), (3, 4)).unwrap();
-        Checkpoint { header: header(5, 678, "run"), state }
+    fn layout() -> std::sync::Arc<LoraLayout> {
+        LoraLayout::new(&TrainSpec::default().lora, &Shape::tiny())
+    }
+
+    fn checkpoint(optimizer: Optimizer, best: bool) -> Checkpoint {
+        let layout = layout();
+        let values = |from: f32| tensor((0..layout.len()).map(|i| i as f32 / from).collect(), layout.len()).unwrap();
+        let mut header = Header::new("run", 1, optimizer);
+        (header.step, header.trained_tokens) = (5, 678);
+        header.best = best.then_some(Best { step: 3, loss: 0.1, since: 2 });
+        let moments = Moments::zeros(optimizer, &layout).unwrap();
+        Checkpoint { header, parameters: values(7.0), moments, best: best.then(|| values(9.0)) }
     }
 
     #[test]
     fn what_was_saved_is_loaded_and_saved_the_same_again() {
-        let folder = tempfile::tempdir().unwrap();
-        let (one, two) = (folder.path().join("one"), folder.path().join("two"));
-        checkpoint().save(&one).unwrap();
-        let loaded = Checkpoint::load(&one).unwrap();
-        assert_eq!((loaded.step(), loaded.trained_tokens(), loaded.header.run.as_str()), (5, 678, "run"));
-        loaded.save(&two).unwrap();
-        assert_eq!(std::fs::read(&one).unwrap(), std::fs::read(&two).unwrap());
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+        for (optimizer, best) in [(Optimizer::AdamW, false), (Optimizer::AdamW8bit, true)] {
+            let folder = tempfile::tempdir().unwrap();
+            let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+            let saved = checkpoint(optimizer, best);
+            saved.save(&one).unwrap();
+            let loaded = Checkpoint::load(&one).unwrap();
+            assert_eq!((loaded.step(), loaded.trained_tokens(), &loaded.header), (5, 678, &saved.header));
+            assert!(loaded.fits(&layout()));
+            let values = |tensor: &Tensor| tensor.to_vec1::<f32>().unwrap();
+            assert_eq!(values(&loaded.parameters), values(&saved.parameters));
+            assert_eq!(loaded.best.as_ref().map(values), saved.best.as_ref().map(values));
+            loaded.save(&two).unwrap();
+            assert_eq!(std::fs::read(&one).unwrap(), std::fs::read(&two).unwrap());
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+        }
     }
 
     #[test]
     fn a_cut_file_is_an_error_at_every_length() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("checkpoint");
-        checkpoint().save(&path).unwrap();
+        checkpoint(Optimizer::AdamW8bit, true).save(&path).unwrap();
         let whole = std::fs::read(&path).unwrap();
-        for length in 0..whole.len() {
+        for length in (0..whole.len()).filter(|length| *length < 2000 || length % 997 == 0) {
             std::fs::write(&path, &whole[..length]).unwrap();
             assert!(Checkpoint::load(&path).is_err(), "{length} bytes");
         }
@@ -143,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_failed_save_leaves_the_old_file() {
-        let error = checkpoint().save(Path::new("/nowhere/checkpoint")).unwrap_err();
+        let error = checkpoint(Optimizer::AdamW, false).save(Path::new("/nowhere/checkpoint")).unwrap_err();
         assert!(error.to_string().contains("/nowhere"), "{error}");
     }
 }

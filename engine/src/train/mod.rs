@@ -1,34 +1,35 @@
 //! The training loop: synchronous, no channels; every step, and every moment at which a checkpoint is due, is an event.
 
 mod checkpoint;
+mod evaluation;
+mod moments;
 mod schedule;
+mod state;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
-
 pub use checkpoint::Checkpoint;
+pub use evaluation::{Best, Evaluation};
 pub use schedule::learning_rate;
 
-use crate::adapter::{LoraLayout, LoraParams};
+use crate::Result;
+use crate::adapter::LoraParams;
 use crate::data::{Dataset, Loader, MicroBatch};
 use crate::model::Llama;
-use crate::ops::adamw::{self, Update};
-use crate::ops::cross_entropy::Loss;
-use crate::ops::host;
-use crate::spec::{GradientCheckpointing, TrainSpec};
-use crate::{Error, Result};
+use crate::spec::TrainSpec;
+use state::State;
 
-/// Where a run begins, and how often it is saved.
+/// Where a run begins, what it is judged by, and how often it is saved.
 #[derive(Debug, Default)]
-pub struct Start {
+pub struct Start<'a> {
     /// State to go on from.
     pub resume: Option<Checkpoint>,
     /// PEFT folder whose values the LoRA starts with; unused with `resume`.
     pub init_from: Option<PathBuf>,
+    /// Data set that is evaluated every `eval_steps`, or at the end of each epoch, and at the run's end.
+    pub validation: Option<&'a Dataset>,
     /// Longest time without a checkpoint; `None`: only the listed ones.
     pub checkpoint_interval: Option<Duration>,
 }
@@ -45,7 +46,16 @@ pub enum TrainEvent<'a> {
         /// Values that are trained.
         trainable_parameters: usize,
     },
-    /// After each step.
+    /// A part of an evaluation is done. It is not broken off: `Break` stops after its step.
+    Evaluating {
+        /// The step after which it is made.
+        step: u32,
+        /// Rows of the validation data set that are done.
+        rows: usize,
+        /// All its rows.
+        total_rows: usize,
+    },
+    /// After each step, and its evaluation where there is one.
     Step(StepMetrics),
     /// A checkpoint is due: the receiver saves it.
     Checkpoint {
@@ -77,20 +87,26 @@ pub struct StepMetrics {
     pub step_tokens: u64,
     /// Tokens with a loss since the run began.
     pub trained_tokens: u64,
-    /// Wall time of the step in milliseconds.
+    /// Wall time of the step in milliseconds, without the evaluation's.
     pub step_ms: u64,
+    /// What the validation data set came to after this step, where it was evaluated.
+    pub evaluation: Option<Evaluation>,
 }
 
 /// How a run ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Whether all steps were done; if not, the receiver broke off.
+    /// Whether the run came to its end: all steps, or an early stop; if not, the receiver broke off.
     pub completed: bool,
+    /// Whether early stopping ended it before the last step.
+    pub stopped_early: bool,
     /// Steps done.
     pub step: u32,
+    /// The evaluation whose LoRA is the result of a completed run with early stopping.
+    pub best: Option<Best>,
     /// Tokens with a loss since the run began.
     pub trained_tokens: u64,
-    /// The trained LoRA.
+    /// The trained LoRA; of a completed run with early stopping, that of the best evaluation.
     pub lora: LoraParams,
 }
 
@@ -102,128 +118,52 @@ pub fn train(
     spec: &TrainSpec,
     model: &Llama,
     dataset: &Dataset,
-    start: Start,
+    start: Start<'_>,
     on_event: &mut dyn FnMut(TrainEvent<'_>) -> ControlFlow<()>,
 ) -> Result<Outcome> {
+    let (interval, validation) = (start.checkpoint_interval, start.validation);
+    evaluation::check(spec, validation)?;
     let mut loader = Loader::new(dataset.rows.len(), spec);
     let total_steps = loader.total_steps();
-    let run = checkpoint::run_digest(spec, model, dataset)?;
-    let interval = start.checkpoint_interval;
+    let run = checkpoint::run_digest(spec, model, dataset, validation)?;
     let mut state = State::new(spec, model, start, &run)?;
-    let started =
-        TrainEvent::Started { total_steps, resumed_from: state.step, trainable_parameters: state.lora.layout().len() };
-    let mut flow = on_event(started);
+    let trainable_parameters = state.lora.layout().len();
+    let mut flow = on_event(TrainEvent::Started { total_steps, resumed_from: state.step(), trainable_parameters });
     let mut saved_at = Instant::now();
     if flow.is_break() {
-        let checkpoint = state.checkpoint(&run)?;
-        let _ = on_event(TrainEvent::Checkpoint { checkpoint: &checkpoint, listed: false });
+        let _ = on_event(TrainEvent::Checkpoint { checkpoint: state.checkpoint()?, listed: false });
     }
-    while state.step < total_steps && flow.is_continue() {
-        let metrics = state.train_step(spec, model, dataset, &mut loader)?;
-        flow = on_event(TrainEvent::Step(metrics));
-        let every = spec.training.save_steps.unwrap_or(loader.steps_per_epoch());
-        let listed = state.step.is_multiple_of(every) || state.step == total_steps;
+    let has_ended = |state: &State| state.step() == total_steps || state.has_stopped_early(spec);
+    let (eval_steps, save_steps) = (spec.training.eval_steps, spec.training.save_steps);
+    let is_due = |step: u32, every: Option<u32>, epoch: u32| step.is_multiple_of(every.unwrap_or(epoch));
+    while !has_ended(&state) && flow.is_continue() {
+        let mut metrics = state.train_step(spec, model, dataset, &mut loader)?;
+        let (step, epoch) = (metrics.step, loader.steps_per_epoch());
+        let mut stop = ControlFlow::Continue(());
+        if let Some(validation) = validation.filter(|_| is_due(step, eval_steps, epoch) || step == total_steps) {
+            let (evaluation, said) = evaluation::evaluate(spec, model, validation, (&state.lora, step), on_event)?;
+            state.judge(spec, &evaluation)?;
+            (metrics.evaluation, stop) = (Some(evaluation), said);
+        }
+        flow = first_break(stop, on_event(TrainEvent::Step(metrics)));
+        let listed = is_due(step, save_steps, epoch) || has_ended(&state);
         if listed || flow.is_break() || interval.is_some_and(|interval| saved_at.elapsed() >= interval) {
-            let checkpoint = state.checkpoint(&run)?;
-            let after = on_event(TrainEvent::Checkpoint { checkpoint: &checkpoint, listed });
-            flow = if after.is_break() { after } else { flow };
+            let checkpoint = state.checkpoint()?;
+            flow = first_break(flow, on_event(TrainEvent::Checkpoint { checkpoint, listed }));
             saved_at = Instant::now();
         }
     }
-    let completed = state.step == total_steps;
-    Ok(Outcome { completed, step: state.step, trained_tokens: state.trained_tokens, lora: state.lora })
+    let (step, trained_tokens, completed) = (state.step(), state.trained_tokens(), has_ended(&state));
+    let (stopped_early, best) = (completed && step < total_steps, state.best().filter(|_| completed));
+    let lora = if completed { state.into_result()? } else { state.lora };
+    Ok(Outcome { completed, stopped_early, step, best, trained_tokens, lora })
 }
 
-/// What changes from step to step.
-struct State {
-    step: u32,
-    trained_tokens: u64,
-    /// (3, N): parameters, first moments, second moments; `lora` is a view of the first row.
-    values: Tensor,
-    lora: LoraParams,
-    gradient: LoraParams,
+fn first_break(one: ControlFlow<()>, other: ControlFlow<()>) -> ControlFlow<()> {
+    if one.is_break() { one } else { other }
 }
 
-impl State {
-    fn new(spec: &TrainSpec, model: &Llama, start: Start, run: &str) -> Result<Self> {
-        let layout = LoraLayout::new(&spec.lora, &model.config().shape);
-        let len = layout.len();
-        let gradient = LoraParams::zeros(layout.clone())?;
-        if let Some(checkpoint) = start.resume {
-            if checkpoint.header.run != run || checkpoint.state.dims() != [3, len] {
-                let message = "it belongs to a run with another specification, model or data set";
-                return Err(Error::Checkpoint(message.to_owned()));
-            }
-            let lora = LoraParams::new(layout, checkpoint.state.get(0)?)?;
-            let header = checkpoint.header;
-            let (step, trained_tokens) = (header.step, header.trained_tokens);
-            return Ok(Self { step, trained_tokens, values: checkpoint.state, lora, gradient });
-        }
-        let values = Tensor::zeros((3, len), DType::F32, &Device::Cpu)?;
-        let lora = LoraParams::new(layout, values.get(0)?)?;
-        match start.init_from {
-            Some(folder) => lora.load_peft(&folder)?,
-            None => lora.initialise(spec.seed)?,
-        }
-        Ok(Self { step: 0, trained_tokens: 0, values, lora, gradient })
-    }
-
-    /// One optimizer step: all micro-batches of the batch, the clipped gradient, AdamW.
-    fn train_step(
-        &mut self,
-        spec: &TrainSpec,
-        model: &Llama,
-        dataset: &Dataset,
-        loader: &mut Loader,
-    ) -> Result<StepMetrics> {
-        let began = Instant::now();
-        let (index, step) = (self.step, self.step + 1);
-        let batches: Vec<MicroBatch> = loader.step(index).iter().map(|rows| micro_batch(dataset, rows)).collect();
-        // Known before the first micro-batch: the loss is a mean over the whole batch, not a mean of means.
-        let step_tokens: usize = batches.iter().map(MicroBatch::trained_tokens).sum();
-        let scale = 1.0 / step_tokens.max(1) as f32;
-        let recompute = spec.training.gradient_checkpointing == GradientCheckpointing::Full;
-        self.gradient.clear()?;
-        let mut loss = Loss::default();
-        for batch in &batches {
-            loss += model.forward_backward(batch, &self.lora, &self.gradient, scale, recompute)?;
-        }
-        let mean = loss.sum / loss.tokens.max(1) as f64;
-        let grad_norm = adamw::norm(self.gradient.flat())?;
-        if !mean.is_finite() || !grad_norm.is_finite() {
-            let message = format!("loss {mean}, gradient norm {grad_norm}; a lower learning_rate may help");
-            return Err(Error::Training { step, message });
-        }
-        let learning_rate = schedule::learning_rate(&spec.training, index, loader.total_steps());
-        let clip_factor = adamw::clip_factor(grad_norm, spec.training.max_grad_norm);
-        let update = Update { step, learning_rate, weight_decay: spec.training.weight_decay, clip_factor };
-        adamw::step(&self.values, self.gradient.flat(), update)?;
-        (self.step, self.trained_tokens) = (step, self.trained_tokens + loss.tokens as u64);
-        Ok(StepMetrics {
-            step,
-            total_steps: loader.total_steps(),
-            epoch: f64::from(step) / f64::from(loader.steps_per_epoch()),
-            loss: mean,
-            token_accuracy: loss.correct as f64 / loss.tokens.max(1) as f64,
-            learning_rate,
-            grad_norm,
-            step_tokens: loss.tokens as u64,
-            trained_tokens: self.trained_tokens,
-            step_ms: began.elapsed().as_millis() as u64,
-        })
-    }
-
-    /// The state as it is now. One with a value that is no number is never handed out: what is saved can go on.
-    fn checkpoint(&self, run: &str) -> Result<Checkpoint> {
-        if host(&self.values)?.par_chunks(1 << 16).any(|values| values.iter().any(|value| !value.is_finite())) {
-            let message = "a parameter is no longer a number; a lower learning_rate may help".to_owned();
-            return Err(Error::Training { step: self.step, message });
-        }
-        let header = checkpoint::header(self.step, self.trained_tokens, run);
-        Ok(Checkpoint { header, state: self.values.clone() })
-    }
-}
-
-fn micro_batch(dataset: &Dataset, rows: &[usize]) -> MicroBatch {
-    MicroBatch::pack(rows.iter().map(|&row| &dataset.rows[row]))
+fn micro_batch(dataset: &Dataset, rows: &[usize], packing: bool) -> MicroBatch {
+    let rows = rows.iter().map(|&row| &dataset.rows[row]);
+    if packing { MicroBatch::pack(rows) } else { MicroBatch::pad(rows) }
 }
