@@ -160,6 +160,15 @@ pub struct Hub {
 }
 
 impl Reference {
+    /// The hub's name of the repository, `org/repo`; `None` for a local file.
+    pub fn repository_id(&self) -> Option<String> {
+        match self {
+            Self::Alias(entry) => Some(format!("{}/{}", entry.owner, entry.repository)),
+            Self::Repository { owner, repository, .. } => Some(format!("{owner}/{repository}")),
+            Self::Local(_) => None,
+        }
+    }
+
     /// Reads the name of a base model.
     ///
     /// # Errors

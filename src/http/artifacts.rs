@@ -15,7 +15,7 @@ use super::list::List;
 use super::request::NoParams;
 use crate::store;
 use crate::types::DEFAULT_OWNER;
-use crate::types::artifact::{Artifact, ArtifactType, Quantization};
+use crate::types::artifact::{Artifact, ArtifactType, Parity, Quantization};
 
 /// An artifact.
 #[derive(Debug, Serialize, ToSchema)]
@@ -41,6 +41,8 @@ pub(super) struct ArtifactView {
     bytes: i64,
     /// Hash of the bytes, in hexadecimal digits.
     sha256: String,
+    /// How close it is to what was trained; null for artifacts of older versions.
+    parity: Option<Parity>,
 }
 
 impl From<Artifact> for ArtifactView {
@@ -55,6 +57,7 @@ impl From<Artifact> for ArtifactView {
             filename: artifact.filename,
             bytes: artifact.size_bytes,
             sha256: artifact.sha256,
+            parity: artifact.parity,
         }
     }
 }

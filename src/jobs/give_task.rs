@@ -40,6 +40,7 @@ pub async fn give_task(jobs: &Jobs, attempt: &Attempt, lease: Duration, checkpoi
             step: u32::try_from(checkpoint.step).unwrap_or(u32::MAX),
             size_bytes: checkpoint.size_bytes.unsigned_abs(),
             sha256: checkpoint.sha256,
+            train_loss: checkpoint.metrics["train_loss"].as_f64(),
         }),
         model_name: job.model_name,
         lease_seconds: lease.as_secs(),

@@ -24,6 +24,7 @@ where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
     E: Into<Box<dyn StdError + Send + Sync>>,
 {
+    let parity = query.parity.as_deref().map(str::parse).transpose().map_err(Error::Worker)?;
     let id = ArtifactId::new();
     let object_key = artifact_key(&attempt.job_id.to_string(), &id.to_string());
     let stored = jobs.storage.put(&object_key, body, None).await?;
@@ -37,6 +38,7 @@ where
         object_key: object_key.clone(),
         size_bytes: i64::try_from(stored.size_bytes).unwrap_or(i64::MAX),
         sha256: stored.sha256,
+        parity,
         created_at_ms: now_ms(),
     };
     let added = if artifact.sha256 == query.sha256 {

@@ -3,7 +3,7 @@
 use sqlx::SqliteConnection;
 
 use super::Result;
-use crate::types::artifact::{Artifact, ArtifactType, Quantization};
+use crate::types::artifact::{Artifact, ArtifactType, Parity, Quantization};
 use crate::types::ids::{ArtifactId, AttemptId, JobId};
 
 /// Adds an artifact in the place of an earlier one of the same kind, and tells where the bytes of that one are.
@@ -20,8 +20,9 @@ pub async fn replace(conn: &mut SqliteConnection, artifact: &Artifact) -> Result
     .fetch_optional(&mut *conn)
     .await?;
     sqlx::query!(
-        "insert into artifact (id, job_id, attempt_id, type, quantization, filename, object_key, size_bytes, sha256, created_at_ms)
-         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "insert into artifact (id, job_id, attempt_id, type, quantization, filename, object_key, size_bytes, sha256, parity,
+                               created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         artifact.id,
         artifact.job_id,
         artifact.attempt_id,
@@ -31,6 +32,7 @@ pub async fn replace(conn: &mut SqliteConnection, artifact: &Artifact) -> Result
         artifact.object_key,
         artifact.size_bytes,
         artifact.sha256,
+        artifact.parity,
         artifact.created_at_ms,
     )
     .execute(conn)
@@ -47,7 +49,7 @@ pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Arti
         Artifact,
         r#"select id as "id: ArtifactId", job_id as "job_id: JobId", attempt_id as "attempt_id: AttemptId",
                   type as "kind: ArtifactType", quantization as "quantization: Quantization", filename, object_key,
-                  size_bytes, sha256, created_at_ms
+                  size_bytes, sha256, parity as "parity: Parity", created_at_ms
              from artifact where job_id = ? order by id"#,
         job_id,
     )
@@ -65,7 +67,7 @@ pub async fn find(conn: &mut SqliteConnection, id: ArtifactId, owner: &str) -> R
         Artifact,
         r#"select artifact.id as "id: ArtifactId", job_id as "job_id: JobId", attempt_id as "attempt_id: AttemptId",
                   type as "kind: ArtifactType", quantization as "quantization: Quantization", filename, object_key,
-                  size_bytes, sha256, artifact.created_at_ms
+                  size_bytes, sha256, parity as "parity: Parity", artifact.created_at_ms
              from artifact join job on job.id = artifact.job_id
             where artifact.id = ? and job.owner = ?"#,
         id,

@@ -258,12 +258,13 @@ fn artifacts(requested: Option<Vec<ArtifactRequest>>) -> Result<Vec<ArtifactRequ
     }
     let mut artifacts = Vec::with_capacity(requested.len());
     for (index, request) in requested.into_iter().enumerate() {
-        let artifact = match (request.kind, request.quantization) {
-            (ArtifactType::Adapter, None) | (ArtifactType::Gguf, Some(_)) => request,
-            (ArtifactType::Gguf, None) => gguf,
-            (ArtifactType::Adapter, Some(quantization)) => {
+        let artifact = match (request.kind.takes_quantization(), request.quantization) {
+            (false, None) | (true, Some(_)) => request,
+            (true, None) => ArtifactRequest { quantization: gguf.quantization, ..request },
+            (false, Some(quantization)) => {
                 let param = format!("artifacts[{index}].quantization");
-                let message = format!("{param} must be absent for an adapter, got `{quantization}`");
+                let kind = request.kind;
+                let message = format!("{param} must be absent for an artifact of type {kind}, got `{quantization}`");
                 return Err(Invalid::new(param, message));
             }
         };
@@ -348,6 +349,9 @@ mod tests {
             (json!({"artifacts": []}), "artifacts"),
             (json!({"artifacts": [{"type": "adapter"}, {"type": "adapter"}]}), "artifacts[1]"),
             (json!({"artifacts": [{"type": "adapter", "quantization": "f16"}]}), "artifacts[0].quantization"),
+            (json!({"artifacts": [{"type": "merged", "quantization": "f16"}]}), "artifacts[0].quantization"),
+            (json!({"artifacts": [{"type": "ollama"}, {"type": "ollama", "quantization": "q8_0"}]}), "artifacts[1]"),
+            (json!({"artifacts": [{"type": "onnx"}]}), "artifacts[0].type"),
             (json!({"artifacts": [{"type": "gguf", "quantization": "q4_k_m"}]}), "artifacts[0].quantization"),
             (json!({"training_file": "nope"}), "training_file"),
             (json!({"training_file": null}), "training_file"),

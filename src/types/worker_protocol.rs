@@ -88,7 +88,7 @@ pub struct TrainingFile {
 }
 
 /// The checkpoint to go on from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Resume {
     /// The step after which it was taken.
     pub step: u32,
@@ -96,6 +96,9 @@ pub struct Resume {
     pub size_bytes: u64,
     /// Hash of the bytes, in hexadecimal digits.
     pub sha256: String,
+    /// Loss of that step.
+    #[serde(default)]
+    pub train_loss: Option<f64>,
 }
 
 /// A sign of life.
@@ -180,6 +183,9 @@ pub struct ArtifactQuery {
     pub filename: String,
     /// Hash of the bytes, in hexadecimal digits.
     pub sha256: String,
+    /// JSON of a [`Parity`](super::artifact::Parity): how close it is to what was trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parity: Option<String>,
 }
 
 /// The last word of a worker.

@@ -1,4 +1,4 @@
-//! The files that a training leaves behind: the adapter as one `.tar`, the merged model as GGUF.
+//! The files that a training leaves behind: what the engine exports, each folder as one `.tar`.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -6,62 +6,151 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use lorad_engine::Error;
-use lorad_engine::adapter::LoraParams;
-use lorad_engine::export;
+use lorad_engine::data::{ChatTemplate, Report};
+use lorad_engine::export::{self, Certificate, ExportKind, ModelCard, TrainingFacts, Tuned, Wanted};
 use lorad_engine::gguf::GgufFile;
+use lorad_engine::model::Llama;
+use lorad_engine::tokenizer::Tokenizer;
+use lorad_engine::train::Outcome;
 
 use super::Progress;
-use crate::types::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use crate::hub::Reference;
+use crate::types::artifact::{ArtifactRequest, ArtifactType, Parity, Quantization};
 use crate::types::worker_protocol::Task;
 
 /// The name to save an artifact under, made of the model's name: `smollm2-lorad-pirate-a1b2c3d4-q8_0.gguf` for one.
 pub(super) fn filename(model_name: &str, request: &ArtifactRequest) -> String {
     let parts: Vec<&str> = model_name.split(':').filter(|part| !part.is_empty() && *part != "ft").collect();
     let stem = parts.join("-").replace(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c)), "-");
-    match (request.kind, request.quantization) {
-        (ArtifactType::Adapter, _) => format!("{stem}-adapter.tar"),
-        (ArtifactType::Gguf, Some(quantization)) => format!("{stem}-{quantization}.gguf"),
-        (ArtifactType::Gguf, None) => format!("{stem}.gguf"),
+    let quantization = request.quantization.map(|quantization| format!("-{quantization}")).unwrap_or_default();
+    match request.kind {
+        ArtifactType::Adapter => format!("{stem}-adapter.tar"),
+        ArtifactType::Gguf => format!("{stem}{quantization}.gguf"),
+        ArtifactType::GgufLora => format!("{stem}-lora.gguf"),
+        ArtifactType::Merged => format!("{stem}-merged.tar"),
+        ArtifactType::Ollama => format!("{stem}-ollama{quantization}.tar"),
     }
 }
 
-/// Writes an artifact into `scratch` and returns its file.
-pub(super) fn make(
-    request: &ArtifactRequest,
-    base: &GgufFile,
-    lora: &LoraParams,
-    task: &Task,
-    scratch: &Path,
-    progress: &Progress,
-) -> lorad_engine::Result<PathBuf> {
-    match (request.kind, request.quantization) {
-        (ArtifactType::Adapter, _) => {
-            let (folder, target) = (scratch.join("export-adapter"), scratch.join("export-adapter.tar"));
-            lora.save_peft(&folder, &task.base_model.name)?;
-            write_tar(&folder, &target).map_err(Error::io(&target))?;
+/// An artifact that is ready to be sent.
+pub(super) struct Made {
+    /// What was asked for.
+    pub(super) request: ArtifactRequest,
+    /// Its file.
+    pub(super) path: PathBuf,
+    /// How close it is to what was trained.
+    pub(super) parity: Parity,
+}
+
+/// What a training ended with.
+pub(super) struct Trained<'a> {
+    pub(super) base: &'a GgufFile,
+    pub(super) model: &'a Llama,
+    pub(super) tokenizer: &'a Tokenizer,
+    pub(super) outcome: &'a Outcome,
+    pub(super) report: &'a Report,
+    /// Loss of the last step.
+    pub(super) train_loss: Option<f64>,
+}
+
+impl Trained<'_> {
+    /// Makes every artifact of the task in `scratch`.
+    pub(super) fn make_artifacts(
+        &self,
+        task: &Task,
+        scratch: &Path,
+        progress: &Progress,
+    ) -> lorad_engine::Result<Vec<Made>> {
+        let template = ChatTemplate::for_model(task.spec.dataset.template, self.tokenizer)?;
+        let base_name = &task.base_model.name;
+        let repository = Reference::parse(base_name).ok().and_then(|reference| reference.repository_id());
+        let Outcome { lora, step, trained_tokens, best, .. } = self.outcome;
+        let card = ModelCard {
+            name: name_suffix(&task.model_name),
+            base_model: repository.as_deref().unwrap_or(base_name),
+            lora: lora.layout().spec(),
+            training: Some(TrainingFacts {
+                spec: &task.spec,
+                report: self.report,
+                steps: *step,
+                trained_tokens: *trained_tokens,
+                train_loss: self.train_loss,
+                best: *best,
+            }),
+        };
+        let tuned = Tuned {
+            base: self.base,
+            model: self.model,
+            tokenizer: self.tokenizer,
+            template: Some(&template),
+            lora,
+            name_suffix: name_suffix(&task.model_name),
+            card: &card,
+        };
+        let wanted: Vec<Wanted> = task.artifacts.iter().map(|request| wanted(request, scratch)).collect();
+        let mut on_progress = |_, _| {
             progress.made();
-            Ok(target)
-        }
-        (ArtifactType::Gguf, quantization) => {
-            let quantization = match quantization.unwrap_or(Quantization::Q8_0) {
-                Quantization::F16 => export::Quantization::F16,
-                Quantization::Q8_0 => export::Quantization::Q8_0,
+            ControlFlow::Continue(())
+        };
+        let made = tuned.export(&wanted, &mut on_progress)?.unwrap_or_default();
+        let packed = task.artifacts.iter().zip(made).map(|(&request, exported)| {
+            let path = match exported.path.is_dir() {
+                true => pack(&exported.path, progress)?,
+                false => exported.path,
             };
-            let target = scratch.join(format!("export-{}.gguf", quantization.name()));
-            let mut on_progress = |_| {
-                progress.made();
-                ControlFlow::Continue(())
-            };
-            export::merged_lora(
-                base,
-                lora,
-                (quantization, Some(name_suffix(&task.model_name))),
-                &target,
-                &mut on_progress,
-            )?;
-            Ok(target)
-        }
+            Ok(Made { request, path, parity: parity(exported.parity) })
+        });
+        packed.collect()
     }
+}
+
+/// Finds out before a training whether the artifacts can be made of that base.
+pub(super) fn check(task: &Task, base: &GgufFile, tokenizer: &Tokenizer) -> lorad_engine::Result<()> {
+    task.artifacts.iter().try_for_each(|request| export::check_exportable(kind(request), base, tokenizer))
+}
+
+fn wanted(request: &ArtifactRequest, scratch: &Path) -> Wanted {
+    let kind = kind(request);
+    Wanted { kind, path: scratch.join(format!("export-{kind}").replace(' ', "-")) }
+}
+
+fn kind(request: &ArtifactRequest) -> ExportKind {
+    let quantization = quantization(request.quantization.unwrap_or(Quantization::Q8_0));
+    match request.kind {
+        ArtifactType::Adapter => ExportKind::Adapter,
+        ArtifactType::Gguf => ExportKind::Gguf(quantization),
+        ArtifactType::GgufLora => ExportKind::GgufLora,
+        ArtifactType::Merged => ExportKind::Merged,
+        ArtifactType::Ollama => ExportKind::Ollama(quantization),
+    }
+}
+
+/// The engine's word for it.
+pub(crate) fn quantization(quantization: Quantization) -> export::Quantization {
+    export::Quantization::from_name(quantization.as_str()).expect("the engine has every quantization of the API")
+}
+
+/// The engine's certificate in the API's words.
+fn parity(certificate: Certificate) -> Parity {
+    let Certificate { largest_logit_difference, mean_logit_difference, logit_deviation, .. } = certificate;
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    Parity {
+        prompts: count(certificate.prompts),
+        positions: count(certificate.positions),
+        largest_logit_difference,
+        mean_logit_difference,
+        logit_deviation,
+        greedy_agreement: certificate.greedy_agreement,
+        bound: certificate.bound,
+    }
+}
+
+/// Packs a folder into an archive beside it and removes it.
+fn pack(folder: &Path, progress: &Progress) -> lorad_engine::Result<PathBuf> {
+    let target = folder.with_extension("tar");
+    write_tar(folder, &target, progress).map_err(Error::io(&target))?;
+    std::fs::remove_dir_all(folder).map_err(Error::io(folder))?;
+    Ok(target)
 }
 
 /// What sets the merged model's name off from its base's: the suffix that the job was given. Not the random end of the model's
@@ -71,7 +160,7 @@ fn name_suffix(model_name: &str) -> &str {
 }
 
 /// Packs the files of `folder` into one archive whose bytes depend on nothing but their names and contents.
-fn write_tar(folder: &Path, target: &Path) -> std::io::Result<()> {
+fn write_tar(folder: &Path, target: &Path, progress: &Progress) -> std::io::Result<()> {
     let items = std::fs::read_dir(folder)?;
     let mut names = items.map(|item| item.map(|item| item.file_name())).collect::<Result<Vec<_>, _>>()?;
     names.sort();
@@ -84,16 +173,36 @@ fn write_tar(folder: &Path, target: &Path) -> std::io::Result<()> {
         header.set_mtime(0);
         header.set_uid(0);
         header.set_gid(0);
-        archive.append_data(&mut header, Path::new(&name), source)?;
+        archive.append_data(&mut header, Path::new(&name), Counted { source, progress })?;
     }
     let writer = archive.into_inner()?;
     writer.into_inner().map_err(std::io::IntoInnerError::into_error)?;
     Ok(())
 }
 
+/// A file whose reading is progress: a model of many gigabytes is packed for longer than a worker may stand still.
+struct Counted<'a> {
+    source: File,
+    progress: &'a Progress,
+}
+
+impl std::io::Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.progress.made();
+        self.source.read(buffer)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_engine_has_every_quantization_of_the_api() {
+        for &one in Quantization::ALL {
+            assert_eq!(quantization(one).name(), one.as_str());
+        }
+    }
 
     #[test]
     fn a_file_is_named_after_its_model() {
@@ -104,6 +213,8 @@ mod tests {
             "smollm2-lorad-my-suffix-abcd1234-q8_0.gguf"
         );
         assert_eq!(filename("ft:m:lorad::abcd1234", &adapter), "m-lorad-abcd1234-adapter.tar");
+        let ollama = ArtifactRequest { kind: ArtifactType::Ollama, ..gguf };
+        assert_eq!(filename("ft:m:lorad::abcd1234", &ollama), "m-lorad-abcd1234-ollama-q8_0.tar");
     }
 
     #[test]
@@ -115,7 +226,7 @@ mod tests {
             for name in order {
                 std::fs::write(files.join(name), name.repeat(300)).expect("a file");
             }
-            write_tar(&files, &target).expect("an archive");
+            write_tar(&files, &target, &Progress::default()).expect("an archive");
             std::fs::read(&target).expect("an archive")
         };
         let bytes = pack(["b.json", "a.safetensors"]);

@@ -11,7 +11,7 @@ use tokio::sync::mpsc::Receiver;
 
 use super::client::{Client, Error};
 use crate::hub;
-use crate::types::artifact::ArtifactRequest;
+use crate::types::artifact::{ArtifactRequest, Parity};
 use crate::types::metric::Metric;
 use crate::types::worker_protocol::{
     ARTIFACTS_PATH, ArtifactQuery, CHECKPOINTS_PATH, CheckpointQuery, EVENTS_PATH, Events,
@@ -42,6 +42,8 @@ pub(super) enum Report {
         request: ArtifactRequest,
         /// The name to save it under.
         filename: String,
+        /// How close it is to what was trained.
+        parity: Parity,
     },
 }
 
@@ -59,10 +61,11 @@ pub(super) async fn forward(client: Client, mut inbox: Receiver<Report>) -> Resu
                     client.upload(CHECKPOINTS_PATH, &query, &path).await?;
                     remove(&path)?;
                 }
-                Report::Artifact { path, request, filename } => {
+                Report::Artifact { path, request, filename, parity } => {
                     send(&client, &mut steps).await?;
                     let ArtifactRequest { kind, quantization } = request;
-                    let query = ArtifactQuery { kind, quantization, filename, sha256: hash(&path).await? };
+                    let (sha256, parity) = (hash(&path).await?, Some(parity.to_string()));
+                    let query = ArtifactQuery { kind, quantization, filename, sha256, parity };
                     client.upload(ARTIFACTS_PATH, &query, &path).await?;
                     remove(&path)?;
                 }

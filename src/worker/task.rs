@@ -14,10 +14,11 @@ use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
 use tokio::sync::{mpsc, oneshot};
 
+use super::Progress;
+use super::artifacts::{self, Made, Trained};
 use super::client::{Client, Error};
 use super::failure::{self, Ours};
 use super::report::{self, Report};
-use super::{Progress, artifacts};
 use crate::hub::{self, BaseModel, Hub};
 use crate::types::attempt::TaskKind;
 use crate::types::metric::Metric;
@@ -102,7 +103,8 @@ impl Inputs {
 async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
     let ours = inputs.ours();
     let report = on_engine_thread(move || {
-        let (_, llama, tokenizer) = inputs.load_model(&progress)?;
+        let (base, llama, tokenizer) = inputs.load_model(&progress)?;
+        artifacts::check(&inputs.task, &base, &tokenizer)?;
         let context_length = llama.config().context_length;
         let mut on_progress = || progress.made();
         data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, context_length, &mut on_progress)
@@ -148,6 +150,7 @@ fn train_and_export(
     progress.made();
     let resume = resume.map(|path| Checkpoint::load(&path)).transpose()?;
     let mut saved = Ok(());
+    let mut train_loss = task.resume.as_ref().and_then(|resume| resume.train_loss);
     let mut on_event = |event: TrainEvent<'_>| {
         progress.made();
         let report = match event {
@@ -156,7 +159,10 @@ fn train_and_export(
                 return ControlFlow::Continue(());
             }
             TrainEvent::Evaluating { .. } => return ControlFlow::Continue(()),
-            TrainEvent::Step(step) => Report::Step(metric(&step)),
+            TrainEvent::Step(step) => {
+                train_loss = Some(step.loss);
+                Report::Step(metric(&step))
+            }
             TrainEvent::Checkpoint { checkpoint, listed } => {
                 let step = checkpoint.step();
                 let path = inputs.scratch.join(format!("checkpoint-{step}-{listed}"));
@@ -174,10 +180,11 @@ fn train_and_export(
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
     if outcome.completed {
-        for request in &task.artifacts {
-            let path = artifacts::make(request, &base, &outcome.lora, task, &inputs.scratch, progress)?;
-            let filename = artifacts::filename(&task.model_name, request);
-            if send(outbox, Report::Artifact { path, request: *request, filename }).is_break() {
+        let (base, model, tokenizer, report) = (&base, &llama, &tokenizer, &dataset.report);
+        let trained = Trained { base, model, tokenizer, outcome: &outcome, report, train_loss };
+        for Made { request, path, parity } in trained.make_artifacts(task, &inputs.scratch, progress)? {
+            let filename = artifacts::filename(&task.model_name, &request);
+            if send(outbox, Report::Artifact { path, request, filename, parity }).is_break() {
                 break;
             }
         }

@@ -6,7 +6,7 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::support::{TestApp, column, error, text};
+use crate::support::{TestApp, column, error, parity, text};
 
 /// A server whose one job has made its artifacts; the adapter is `0123456789`.
 async fn with_artifacts() -> (TestApp, Value) {
@@ -29,6 +29,7 @@ async fn artifacts_are_listed_and_retrieved() {
     assert_eq!(column(&list, "type"), ["adapter", "gguf"]);
     assert_eq!(column(&list, "filename"), ["adapter.tar", "model-q8_0.gguf"]);
     let adapter = &list["data"][0];
+    assert_eq!((&adapter["parity"], &list["data"][1]["parity"]), (&parity(), &json!(null)));
     assert_eq!((&adapter["bytes"], &adapter["quantization"]), (&json!(10), &json!(null)));
     assert_eq!(list["data"][1]["quantization"], "q8_0");
     assert_eq!(app.get_json(&format!("/v1/artifacts/{}", text(&adapter["id"]))).await, *adapter);

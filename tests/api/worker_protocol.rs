@@ -69,7 +69,8 @@ async fn a_repeated_request_changes_nothing() {
     let late = refused(&worker, Method::POST, "events", news.clone(), StatusCode::GONE).await;
     assert_eq!(late["code"], "attempt_ended");
     let worker = app.take_up(TaskKind::Train).await;
-    let resume = json!({"step": 2, "size_bytes": 5, "sha256": hex::encode(Sha256::digest(b"state"))});
+    let sha256 = hex::encode(Sha256::digest(b"state"));
+    let resume = json!({"step": 2, "size_bytes": 5, "sha256": sha256, "train_loss": 1.0});
     assert_eq!(worker.get("task").await["resume"], resume);
     let bytes = worker.request(Method::GET, "checkpoint").send().await.expect("an answer");
     assert_eq!(bytes.bytes().await.expect("a body"), "state");
@@ -95,6 +96,8 @@ async fn bytes_with_another_hash_are_not_kept() {
     let hash = hex::encode(Sha256::digest(b"half"));
     let unasked = format!("artifacts?type=gguf&quantization=f16&filename=x.gguf&sha256={hash}");
     error(worker.put(&unasked, b"half").await, StatusCode::BAD_REQUEST).await;
+    let senseless = format!("artifacts?type=adapter&filename=adapter.tar&sha256={hash}&parity=good");
+    error(worker.put(&senseless, b"half").await, StatusCode::BAD_REQUEST).await;
     for list in ["checkpoints", "artifacts"] {
         let path = format!("/v1/fine_tuning/jobs/{}/{list}", text(&job["id"]));
         assert_eq!(app.get_json(&path).await["data"], json!([]));

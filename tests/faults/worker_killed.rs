@@ -12,6 +12,7 @@ fn run() -> Value {
     json!({
         "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 12}}},
         "lora": {"r": 4}, "training": {"learning_rate": 0.01},
+        "artifacts": [{"type": "adapter"}, {"type": "gguf"}, {"type": "gguf_lora"}, {"type": "merged"}, {"type": "ollama"}],
     })
 }
 
@@ -32,7 +33,7 @@ const PHASES: [Phase; 5] = [
         workers_before: 1,
         is_now: |worker| worker.has("checkpoint-") || worker.has(".tmp"),
     },
-    Phase { name: "export", workers_before: 1, is_now: |worker| worker.has("export") },
+    Phase { name: "export", workers_before: 1, is_now: |worker| worker.has("export") || worker.has(".lorad-export") },
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -43,7 +44,13 @@ async fn a_killed_worker_is_replaced_and_changes_nothing() {
     let job = home.finished(&undisturbed).await;
     assert_eq!(job["status"], "succeeded", "{job}");
     let (story, artifacts) = (home.story(&undisturbed).await, home.artifacts(&undisturbed).await);
-    assert_eq!(artifacts.len(), 2, "{artifacts:?}");
+    let kinds: Vec<&str> = artifacts.iter().map(|(kind, _)| kind.as_str()).collect();
+    assert_eq!(kinds, ["adapter", "gguf", "gguf_lora", "merged", "ollama"]);
+    let list = home.get(&format!("/fine_tuning/jobs/{undisturbed}/artifacts")).await;
+    for artifact in list["data"].as_array().expect("a list") {
+        let agreement = artifact["parity"]["greedy_agreement"].as_f64().expect("a certificate");
+        assert!(agreement > 0.8, "{artifact}");
+    }
 
     for phase in PHASES {
         let mut tries = 0;

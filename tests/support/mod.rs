@@ -141,10 +141,24 @@ impl TestApp {
         let metrics: Vec<Value> = (1..=steps).map(|step| metric(step, steps)).collect();
         worker.post("events", &json!({ "metrics": metrics })).await;
         worker.put_checkpoint(steps, true, b"checkpoint").await;
-        worker.put_artifact("type=adapter&filename=adapter.tar", b"0123456789").await;
+        let adapter = format!("type=adapter&filename=adapter.tar&parity={}", in_url(&parity().to_string()));
+        worker.put_artifact(&adapter, b"0123456789").await;
         worker.put_artifact("type=gguf&quantization=q8_0&filename=model-q8_0.gguf", b"GGUF").await;
         worker.finish(json!({"result": "succeeded", "trained_tokens": 1234})).await;
     }
+}
+
+/// A certificate, as a worker sends one.
+pub(crate) fn parity() -> Value {
+    json!({
+        "prompts": 4, "positions": 90, "largest_logit_difference": 0.5, "mean_logit_difference": 0.25,
+        "logit_deviation": 2.0, "greedy_agreement": 0.75, "bound": 1.0,
+    })
+}
+
+/// A text as a value of a query.
+pub(crate) fn in_url(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
 /// The figures of a step, as a worker sends them.

@@ -132,6 +132,15 @@ pub(super) fn read_merged(base: &GgufFile, folder: &Path, target: &Path) -> Resu
     writer.finish()
 }
 
+/// Whether the base can be told in Hugging Face's words.
+pub(super) fn check_merged(base: &GgufFile, tokenizer: &Tokenizer) -> Result<()> {
+    let config = Config::from_gguf(base)?;
+    Configs::new(base, &config, tokenizer, float_of(base))?;
+    TokenizerFiles::new(base, tokenizer, config.context_length)?;
+    let mut tensors = base.tensors().iter().filter(|tensor| tensor.name != ROPE_FACTORS);
+    tensors.try_for_each(|tensor| hf_name(&tensor.name).map(drop))
+}
+
 /// How far the merged model may be from the trained one.
 pub(super) fn bound_of_merged(base: &GgufFile) -> f64 {
     match float_of(base) {
@@ -277,7 +286,9 @@ mod tests {
         let (model, tokenizer) = (Llama::load(&base).unwrap(), Tokenizer::from_gguf(&base).unwrap());
         let lora = random_lora(&model.config().shape, 4).unwrap();
         let error = write_merged(&base, &lora, &tokenizer, folder.path(), &mut |_| ControlFlow::Continue(()));
-        assert!(error.unwrap_err().to_string().contains("`rope_freqs.weight` does not follow Llama 3's formula"));
+        let says = "`rope_freqs.weight` does not follow Llama 3's formula";
+        assert!(error.unwrap_err().to_string().contains(says));
+        assert!(check_merged(&base, &tokenizer).unwrap_err().to_string().contains(says), "told before a training");
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use gguf::merged_gguf;
 pub use gguf_lora::{gguf_lora, read_gguf_lora};
 pub use model_card::{ModelCard, TrainingFacts};
 pub use parity::Certificate;
-pub use tuned::{ExportKind, Exported, OnProgress, Tuned, Wanted};
+pub use tuned::{ExportKind, Exported, OnProgress, Tuned, Wanted, check_exportable};
 
 /// How the matrices of an exported GGUF file are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -7,6 +7,7 @@ use crate::adapter::LoraParams;
 use crate::data::Report;
 use crate::files::write_atomically;
 use crate::spec::{LoraSpec, Target, TrainSpec};
+use crate::train::Best;
 use crate::{Error, Result};
 
 const CARD_FILE: &str = "README.md";
@@ -37,6 +38,8 @@ pub struct TrainingFacts<'a> {
     pub trained_tokens: u64,
     /// Loss of the last step, where it is known.
     pub train_loss: Option<f64>,
+    /// The evaluation whose LoRA this is, where early stopping chose it.
+    pub best: Option<Best>,
 }
 
 impl ModelCard<'_> {
@@ -80,7 +83,7 @@ impl ModelCard<'_> {
 
 impl TrainingFacts<'_> {
     fn write(&self, card: &mut String) {
-        let Self { spec, report, steps, trained_tokens, train_loss } = self;
+        let Self { spec, report, steps, trained_tokens, train_loss, best } = self;
         let training = &spec.training;
         let mut rows = vec![
             ("steps", steps.to_string()),
@@ -97,6 +100,9 @@ impl TrainingFacts<'_> {
         ];
         if let Some(loss) = train_loss {
             rows.push(("loss of the last step", format!("{loss:.4}")));
+        }
+        if let Some(Best { loss, step, .. }) = best {
+            rows.push(("validation loss, the best", format!("{loss:.4} after step {step}")));
         }
         table(card, "Training", &rows);
         let mut rows = vec![
@@ -145,8 +151,8 @@ mod tests {
     fn a_card_has_front_matter_and_what_is_known() {
         let spec = TrainSpec::default();
         let report = Report { rows: 120, tokens: 3456, ..Report::default() };
-        let facts =
-            TrainingFacts { spec: &spec, report: &report, steps: 45, trained_tokens: 9876, train_loss: Some(0.12345) };
+        let (train_loss, best) = (Some(0.12345), None);
+        let facts = TrainingFacts { spec: &spec, report: &report, steps: 45, trained_tokens: 9876, train_loss, best };
         let mut card = ModelCard { name: "pirate", base_model: "org/re:po", lora: &spec.lora, training: Some(facts) };
         let text = card.markdown();
         let front = "---\nbase_model: \"org/re:po\"\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n- lorad\n---\n";

@@ -75,11 +75,11 @@ pub(super) fn bound_of(quantization: Quantization) -> f64 {
         "f32" => 1e-4,
         "f16" => F16_BOUND,
         "bf16" => BF16_BOUND,
-        name if name.starts_with("q8") => 0.1,
-        name if name.starts_with("q6") => 0.2,
-        name if name.starts_with("q5") => 0.3,
-        name if name.starts_with("q4") => 0.5,
-        name if name.starts_with("q3") => 0.8,
+        name if name.starts_with("q8") => 0.2,
+        name if name.starts_with("q6") => 0.3,
+        name if name.starts_with("q5") => 0.5,
+        name if name.starts_with("q4") => 0.8,
+        name if name.starts_with("q3") => 1.0,
         _ => 1.2,
     }
 }

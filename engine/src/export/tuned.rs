@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use tempfile::TempDir;
 
-use super::merged::{bound_of_merged, read_merged, write_merged};
+use super::merged::{bound_of_merged, check_merged, read_merged, write_merged};
 use super::ollama::modelfile;
 use super::parity::{ADAPTER_BOUND, Certificate, Reference, bound_of};
 use super::{ModelCard, Progress, Quantization, gguf_lora, merged_lora, read_gguf_lora};
@@ -60,6 +60,17 @@ impl fmt::Display for ExportKind {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(self.name())?;
         self.quantization().map_or(Ok(()), |quantization| write!(formatter, " {}", quantization.name()))
+    }
+}
+
+/// Finds out before a training whether a base can be told in the form that an export has.
+///
+/// # Errors
+/// [`Error::Model`] or [`Error::Tokenizer`] naming what cannot be told.
+pub fn check_exportable(kind: ExportKind, base: &GgufFile, tokenizer: &Tokenizer) -> Result<()> {
+    match kind {
+        ExportKind::Merged => check_merged(base, tokenizer),
+        ExportKind::Adapter | ExportKind::Gguf(_) | ExportKind::GgufLora | ExportKind::Ollama(_) => Ok(()),
     }
 }
 
