@@ -23,6 +23,7 @@ enum Role {
     Worker(worker::Options),
     Train(cli::train::TrainArgs),
     Chat(cli::chat::ChatArgs),
+    Export(cli::export::ExportArgs),
     #[command(hide = true)]
     Logits(cli::logits::LogitsArgs),
     /// Prints the API's OpenAPI specification as YAML
@@ -47,6 +48,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Role::Worker(options) => worker::run(options),
         Role::Train(args) => cli::train::run(&args),
         Role::Chat(args) => cli::chat::run(&args),
+        Role::Export(args) => cli::export::run(&args),
         Role::Logits(args) => cli::logits::run(&args),
         Role::Openapi => cli::openapi::run(),
     }

@@ -1,12 +1,15 @@
 //! One file a command.
 
 pub mod chat;
+pub mod export;
 pub mod logits;
 pub mod openapi;
 pub mod serve;
 pub mod train;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use clap::Args;
@@ -42,4 +45,22 @@ impl ModelArgs {
 /// Reads a value by the name that it has in the HTTP API.
 fn named<T: serde::de::DeserializeOwned>(name: &str) -> Result<T, String> {
     serde_json::from_value(name.into()).map_err(|error| error.to_string())
+}
+
+/// A flag that the first Ctrl-C raises, with a message; the second one ends the process.
+fn stop_on_ctrl_c(message: &'static str) -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            while tokio::signal::ctrl_c().await.is_ok() {
+                if flag.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+                eprintln!("{message}");
+            }
+        });
+    })?;
+    Ok(stop)
 }

@@ -5,7 +5,6 @@ use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lorad_engine::adapter::{LoraParams, peft_spec};
 use lorad_engine::data::{self, Report};
-use lorad_engine::export::{self, Quantization};
+use lorad_engine::export::{ModelCard, Quantization, TrainingFacts, merged_lora};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{
@@ -24,7 +23,7 @@ use lorad_engine::spec::{
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Evaluation, Start, StepMetrics, TrainEvent};
 
-use super::{ModelArgs, named};
+use super::{ModelArgs, export, named, stop_on_ctrl_c};
 
 const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
 const METRICS_FILE: &str = "metrics.csv";
@@ -34,7 +33,7 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Trains a LoRA on this machine, without a server.
 ///
-/// Writes a PEFT adapter (adapter_config.json, adapter_model.safetensors), metrics.csv and checkpoint.safetensors into --out.
+/// Writes a PEFT adapter (adapter_config.json, adapter_model.safetensors, README.md), metrics.csv and checkpoint.safetensors into --out.
 /// Ctrl-C stops at the end of the step with a checkpoint; the same command with --resume goes on from it.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
@@ -56,7 +55,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
     /// Also write the merged model: model-f16.gguf, model-q8_0.gguf (may be given twice)
-    #[arg(long, value_name = "TYPE", value_parser = quantization)]
+    #[arg(long, value_name = "TYPE", value_parser = export::quantization)]
     gguf: Vec<Quantization>,
     /// Seed of LoRA initialisation and shuffling [default: 3407]
     #[arg(long)]
@@ -174,11 +173,6 @@ struct DatasetArgs {
     train_on: Option<TrainOn>,
 }
 
-fn quantization(name: &str) -> Result<Quantization, String> {
-    let names = Quantization::ALL.map(Quantization::name).join(", ");
-    Quantization::from_name(name).ok_or_else(|| format!("expected one of {names}"))
-}
-
 impl TrainArgs {
     fn options(&self) -> anyhow::Result<TrainOptions> {
         let (training, dataset) = (&self.training, &self.dataset);
@@ -247,7 +241,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         checkpoint_interval: Some(CHECKPOINT_INTERVAL),
     };
     let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
-    let stop = stop_on_ctrl_c()?;
+    let stop = stop_on_ctrl_c("stopping at the end of this step; Ctrl-C again stops at once")?;
     let outcome = train::train(&spec, &model, &dataset, start, &mut |event| display.handle(&event, &stop))?;
     display.finish()?;
     if !outcome.completed {
@@ -259,7 +253,18 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
             if outcome.stopped_early { format!("stopped early after step {}; ", outcome.step) } else { String::new() };
         eprintln!("{stopped}the best validation loss, {:.4}, is that of step {}", best.loss, best.step);
     }
-    outcome.lora.save_peft(&args.out, &name)?;
+    let training = TrainingFacts {
+        spec: &spec,
+        report: &dataset.report,
+        steps: outcome.step,
+        trained_tokens: outcome.trained_tokens,
+        train_loss: last_loss(&args.out.join(METRICS_FILE))?,
+        best: outcome.best,
+    };
+    let (title, base_model) = (args.out.file_name().unwrap_or_default().to_string_lossy(), export::hub_name(&name));
+    let lora = outcome.lora.layout().spec();
+    let card = ModelCard { name: &title, base_model: &base_model, lora, training: Some(training) };
+    card.save_adapter(&outcome.lora, &args.out)?;
     eprintln!("adapter: {}", args.out.display());
     for &quantization in &args.gguf {
         merge(&file, &outcome.lora, quantization, &args.out, &stop)?;
@@ -280,7 +285,7 @@ fn merge(
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
     };
-    if export::merged_lora(file, lora, (quantization, suffix.as_deref()), &path, &mut on_progress)?.is_none() {
+    if merged_lora(file, lora, (quantization, suffix.as_deref()), &path, &mut on_progress)?.is_none() {
         bail!("stopped before {} was whole; the same command with --resume goes on from there", path.display());
     }
     eprintln!("merged model: {}", path.display());
@@ -323,24 +328,6 @@ fn describe(report: &Report) {
     for (field, rows) in &report.ignored_fields {
         eprintln!("warning: the field `{field}` of {rows} rows was not looked at");
     }
-}
-
-/// A flag that the first Ctrl-C raises; the second one ends the process.
-fn stop_on_ctrl_c() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
-                if flag.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
-                eprintln!("stopping at the end of this step; Ctrl-C again stops at once");
-            }
-        });
-    })?;
-    Ok(stop)
 }
 
 /// The progress bar, metrics.csv and the checkpoint file.
@@ -429,4 +416,10 @@ fn kept_metrics(path: &Path, resumed_from: u32) -> anyhow::Result<String> {
         }
     }
     Ok(kept)
+}
+
+/// The loss of the last step in metrics.csv, which an interrupted run has from its earlier parts.
+fn last_loss(path: &Path) -> anyhow::Result<Option<f64>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text.lines().last().and_then(|line| line.split(',').nth(2)?.parse().ok()))
 }

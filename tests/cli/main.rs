@@ -1,5 +1,7 @@
 //! `lorad train` and `lorad chat` as a user runs them: real processes on a tiny model.
 
+mod export;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
