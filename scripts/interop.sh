@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # The newest stock `openai` client against a lorad server, changing only base_url and key; then the adapter in stock `peft`,
-# whose logits must be lorad's. Sets up what it needs (several gigabytes of PyTorch; LORAD_VENV names an environment that
-# has it already). Not part of CI.
+# whose logits must be lorad's; then every export in PEFT, transformers and llama.cpp. Sets up what it needs (several gigabytes
+# of PyTorch; LORAD_VENV and LORAD_LLAMA_CPP name an environment and a folder that have it already). Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/server.sh
 . scripts/lib/server.sh
 # shellcheck source=scripts/lib/venv.sh
 . scripts/lib/venv.sh
+# shellcheck source=scripts/lib/llama_cpp.sh
+. scripts/lib/llama_cpp.sh
 
 check_tools
 say "Python environment"
 python_environment openai peft transformers torch gguf safetensors
+say "llama.cpp"
+llama_cpp_tools llama-completion
 say "Build"
 build
 base=$(scripts/get-model.sh)
@@ -21,3 +25,6 @@ start_server
 echo "  $url"
 say "Client"
 "$python" scripts/lib/interop.py "$url" "$lorad" "$base" examples/persona.jsonl "$work"
+say "Exports"
+# shellcheck disable=SC2154 # set by llama_cpp_tools
+"$python" scripts/lib/interop_export.py "$lorad" "$base" examples/persona.jsonl examples/questions.tsv "$llama_cpp" "$work"

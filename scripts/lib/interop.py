@@ -5,9 +5,7 @@
 Everything is asserted; the last line says what was proven, and with which versions.
 """
 
-import json
 import pathlib
-import subprocess
 import sys
 import tarfile
 import time
@@ -18,15 +16,9 @@ import torch
 from openai.types.fine_tuning import FineTuningJobEvent
 
 from gguf_llama import load_model
+from interop_check import check, logits_of_lorad
 
 HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-
-
-def check(fine, what):
-    """Prints what held, or ends with what did not."""
-    print(f"  {'ok  ' if fine else 'FAIL'}  {what}", flush=True)
-    if not fine:
-        sys.exit(1)
 
 
 def refused(kind, call):
@@ -131,14 +123,6 @@ def download_adapter(client, job, work):
         tar.extractall(work, filter="data")
     check(True, f"artifact {artifact['filename']}, {archive.stat().st_size} bytes")
     return next(work.rglob("adapter_config.json")).parent
-
-
-def logits_of_lorad(lorad, base, tokens, adapter=None):
-    """What `lorad logits` prints, as a tensor (tokens, vocabulary)."""
-    command = [lorad, "logits", "--base", base, "--tokens", ",".join(map(str, tokens))]
-    command += ["--adapter", str(adapter)] if adapter else []
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return torch.tensor([json.loads(line) for line in output.splitlines()])
 
 
 def compare_logits(lorad, base, adapter):
