@@ -54,7 +54,8 @@ pub struct TrainArgs {
     /// PEFT folder whose values the LoRA starts with; what is not said about the LoRA is taken from it
     #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
-    /// Also write the merged model: model-f16.gguf, model-q8_0.gguf (may be given twice)
+    /// Also write the merged model, as model-q4_k_m.gguf for one: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m,
+    /// q4_k_s, q4_0, q3_k_m, q2_k (may be given several times)
     #[arg(long, value_name = "TYPE", value_parser = export::quantization)]
     gguf: Vec<Quantization>,
     /// Seed of LoRA initialisation and shuffling [default: 3407]
@@ -266,29 +267,33 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let card = ModelCard { name: &title, base_model: &base_model, lora, training: Some(training) };
     card.save_adapter(&outcome.lora, &args.out)?;
     eprintln!("adapter: {}", args.out.display());
-    for &quantization in &args.gguf {
-        merge(&file, &outcome.lora, quantization, &args.out, &stop)?;
-    }
+    merge(&file, &outcome.lora, &args.gguf, &args.out, &stop)?;
     Ok(())
 }
 
 fn merge(
     file: &GgufFile,
     lora: &LoraParams,
-    quantization: Quantization,
+    quantizations: &[Quantization],
     out: &Path,
     stop: &AtomicBool,
 ) -> anyhow::Result<()> {
-    let path = out.join(format!("model-{}.gguf", quantization.name()));
+    if quantizations.is_empty() {
+        return Ok(());
+    }
+    let path = |quantization: Quantization| out.join(format!("model-{}.gguf", quantization.name()));
+    let paths: Vec<PathBuf> = quantizations.iter().copied().map(path).collect();
+    let outputs: Vec<(Quantization, &Path)> =
+        quantizations.iter().zip(&paths).map(|(&how, path)| (how, path.as_path())).collect();
     let suffix = out.file_name().map(|name| name.to_string_lossy());
     let mut on_progress = |_| match stop.load(Ordering::Relaxed) {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(()),
     };
-    if merged_lora(file, lora, (quantization, suffix.as_deref()), &path, &mut on_progress)?.is_none() {
-        bail!("stopped before {} was whole; the same command with --resume goes on from there", path.display());
+    if merged_lora(file, lora, suffix.as_deref(), &outputs, &mut on_progress)?.is_none() {
+        bail!("stopped before the merged model was whole; the same command with --resume goes on from there");
     }
-    eprintln!("merged model: {}", path.display());
+    paths.iter().for_each(|path| eprintln!("merged model: {}", path.display()));
     Ok(())
 }
 

@@ -24,10 +24,32 @@ text_enum! {
 text_enum! {
     /// How a GGUF file stores its matrices.
     pub enum Quantization {
+        /// 32-bit floats.
+        F32 = "f32",
         /// 16-bit floats.
         F16 = "f16",
-        /// 8-bit integers in blocks of 32.
+        /// 16-bit floats with the range of 32-bit ones.
+        Bf16 = "bf16",
+        /// 8 bits a weight.
         Q8_0 = "q8_0",
+        /// 6 bits.
+        Q6K = "q6_k",
+        /// 5 bits, more for the most sensitive matrices.
+        Q5KM = "q5_k_m",
+        /// 5 bits.
+        Q5KS = "q5_k_s",
+        /// 5 bits in blocks of 32.
+        Q5_0 = "q5_0",
+        /// 4 bits, more for the most sensitive matrices.
+        Q4KM = "q4_k_m",
+        /// 4 bits, more for the most sensitive matrices of the first layers.
+        Q4KS = "q4_k_s",
+        /// 4 bits in blocks of 32.
+        Q4_0 = "q4_0",
+        /// 3 bits, more for the most sensitive matrices.
+        Q3KM = "q3_k_m",
+        /// 2 bits, more for the most sensitive matrices.
+        Q2K = "q2_k",
     }
 }
 

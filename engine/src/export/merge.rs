@@ -1,27 +1,43 @@
-//! One tensor of the base with its LoRA merged in, band of rows by band: W + scale · (B A), then the target's blocks.
+//! One tensor of the base with its LoRA merged in, band of rows by band: W + scale · (B A), then the blocks of every type asked
+//! for.
 //!
-//! Shapes: W (out, in), A (R, in), B (out, R). All sums are f32 and run over R in order, so that a row's bits depend on
-//! nothing but that row's inputs.
+//! Shapes: W (out, in), A (R, in), B (out, R). A band is cut into tasks by the shape alone, and a task is one thread's from
+//! reading to blocks: the bytes do not depend on the number of threads.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Delta;
-use crate::model::weights::Weight;
-use crate::quant::{BlockType, quantize};
+use crate::model::weights::{StoredRows, Weight, dequantize_blocks};
+use crate::ops::matmul::{Matrix, gemm_values};
+use crate::quant::{BlockType, Unfit, quantize_blocks};
 use crate::{Error, Result};
 
-/// Values of a band: 16 MiB of f32, so that a tensor of any size takes little memory.
+/// Values of a band, so that a tensor of any size takes little memory.
 const BAND_VALUES: usize = 1 << 22;
+/// Values of a task: they stay in the processor's cache between the steps.
+const TASK_VALUES: usize = 1 << 17;
 
-/// A tensor of the base, what is added to it, and the type it gets.
+/// A tensor of the base, and what is added to it.
 pub(super) struct MergedTensor<'a> {
     name: String,
     weight: Weight,
     delta: Option<Delta<'a>>,
     scale: f32,
-    dtype: BlockType,
+}
+
+/// The rows of a task, and where each type's blocks go.
+struct Task<'a> {
+    rows: Range<usize>,
+    outs: Vec<&'a mut [u8]>,
+}
+
+/// What a thread keeps from task to task.
+#[derive(Default)]
+struct Scratch {
+    stored: StoredRows,
+    values: Vec<f32>,
 }
 
 impl<'a> MergedTensor<'a> {
@@ -31,7 +47,6 @@ impl<'a> MergedTensor<'a> {
         weight: Weight,
         delta: Option<Delta<'a>>,
         (rank, scale): (usize, f32),
-        dtype: BlockType,
     ) -> Result<Self> {
         if let Some(Delta { lora_a, lora_b }) = &delta {
             let (rows, columns) = (weight.rows(), weight.columns());
@@ -44,7 +59,7 @@ impl<'a> MergedTensor<'a> {
                 }
             }
         }
-        Ok(Self { name: name.to_owned(), weight, delta, scale, dtype })
+        Ok(Self { name: name.to_owned(), weight, delta, scale })
     }
 
     /// Whether a LoRA is merged in.
@@ -54,58 +69,75 @@ impl<'a> MergedTensor<'a> {
 
     /// The bands of rows, in order.
     pub(super) fn bands(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let rows = self.weight.rows();
-        let band = (BAND_VALUES / self.weight.columns()).max(1);
+        let (rows, task) = (self.weight.rows(), self.task_rows());
+        let band = (BAND_VALUES / self.weight.columns() / task).max(1) * task;
         (0..rows).step_by(band).map(move |start| start..rows.min(start + band))
     }
 
-    /// The stored bytes of those rows.
-    pub(super) fn stored(&self, rows: Range<usize>) -> Result<Vec<u8>> {
-        let values = self.merged(rows.clone())?;
-        self.check_range(&values, rows.start)?;
-        quantize(self.dtype, self.weight.columns(), &values)
+    /// The stored bytes of those rows, which must be a band, in each of the types.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`], or [`Error::Model`] for a tensor without LoRA, naming the first value that a type cannot hold;
+    /// [`Error::Io`].
+    pub(super) fn stored(&self, band: Range<usize>, dtypes: &[BlockType]) -> Result<Vec<Vec<u8>>> {
+        let (columns, task_rows) = (self.weight.columns(), self.task_rows());
+        let mut stored: Vec<Vec<u8>> =
+            dtypes.iter().map(|dtype| vec![0; band.len() * dtype.row_bytes(columns)]).collect();
+        let mut parts: Vec<_> = stored
+            .iter_mut()
+            .zip(dtypes)
+            .map(|(stored, dtype)| stored.chunks_mut(task_rows * dtype.row_bytes(columns)))
+            .collect();
+        let starts = band.clone().step_by(task_rows);
+        let tasks: Vec<Task<'_>> = starts
+            .map(|start| Task {
+                rows: start..band.end.min(start + task_rows),
+                outs: parts.iter_mut().filter_map(Iterator::next).collect(),
+            })
+            .collect();
+        drop(parts);
+        let first_error = tasks
+            .into_par_iter()
+            .map_init(Scratch::default, |scratch, task| self.run(task, dtypes, scratch).err())
+            .find_map_first(|error| error);
+        first_error.map_or(Ok(stored), Err)
     }
 
-    fn merged(&self, rows: Range<usize>) -> Result<Vec<f32>> {
+    /// Rows that one task takes.
+    fn task_rows(&self) -> usize {
+        (TASK_VALUES / self.weight.columns()).max(1)
+    }
+
+    fn run(&self, task: Task<'_>, dtypes: &[BlockType], scratch: &mut Scratch) -> Result<()> {
         let columns = self.weight.columns();
-        let mut values = vec![0.0; rows.len() * columns];
-        self.weight.dequantize_rows(rows.clone(), &mut values)?;
-        let Some(Delta { lora_a, lora_b }) = &self.delta else { return Ok(values) };
-        let rank = lora_a.len() / columns;
-        let rows_of_b = lora_b[rows.start * rank..rows.end * rank].par_chunks(rank);
-        values.par_chunks_mut(columns).zip(rows_of_b).for_each_init(
-            || vec![0.0f32; columns],
-            |sum, (row, row_of_b)| {
-                sum.fill(0.0);
-                for (&b, row_of_a) in row_of_b.iter().zip(lora_a.chunks_exact(columns)) {
-                    for (sum, &a) in sum.iter_mut().zip(row_of_a) {
-                        *sum += b * a;
-                    }
-                }
-                for (value, &sum) in row.iter_mut().zip(sum.iter()) {
-                    *value += self.scale * sum;
-                }
-            },
-        );
-        Ok(values)
+        let stored = scratch.stored.read(&self.weight, task.rows.clone())?;
+        scratch.values.resize(task.rows.len() * columns, 0.0);
+        let values = &mut scratch.values[..];
+        dequantize_blocks(self.weight.dtype(), stored, values)?;
+        if let Some(Delta { lora_a, lora_b }) = &self.delta {
+            let rank = lora_a.len() / columns;
+            let a = Matrix::rows(lora_a, rank, columns, columns);
+            let b = Matrix::rows(&lora_b[task.rows.start * rank..], task.rows.len(), rank, rank);
+            gemm_values(values, (columns, 1), (self.scale, b, a, 1.0), false);
+        }
+        for (&dtype, out) in dtypes.iter().zip(task.outs) {
+            if self.delta.is_none() && dtype == self.weight.dtype() && dtype.is_quantized() {
+                // Nothing is gained by rounding once more what is rounded already.
+                out.copy_from_slice(stored);
+            } else {
+                quantize_blocks(dtype, values, out).map_err(|unfit| self.refuse(unfit, task.rows.start, dtype))?;
+            }
+        }
+        Ok(())
     }
 
-    /// A value that the type cannot hold would be stored as infinity, or as anything.
-    fn check_range(&self, values: &[f32], first_row: usize) -> Result<()> {
-        let largest = match self.dtype {
-            BlockType::F32 => return Ok(()),
-            BlockType::F16 => F16_MAX,
-            _ => F16_MAX * 127.0,
-        };
-        let Some(index) = values.iter().position(|value| value.is_nan() || value.abs() > largest) else {
-            return Ok(());
-        };
-        let (row, value) = (first_row + index / self.weight.columns(), values[index]);
-        let message =
-            format!("tensor `{}` has the value {value} in row {row}, {:?} cannot hold it", self.name, self.dtype);
-        Err(if self.has_delta() { Error::Adapter(format!("merged, {message}")) } else { Error::Model(message) })
+    fn refuse(&self, unfit: Unfit, first_row: usize, dtype: BlockType) -> Error {
+        let (row, value) = (first_row + unfit.index / self.weight.columns(), unfit.value);
+        let (name, dtype) = (&self.name, dtype.name());
+        let message = format!("tensor `{name}` has the value {value} in row {row}, {dtype} cannot hold it");
+        match self.has_delta() {
+            true => Error::Adapter(format!("merged, {message}")),
+            false => Error::Model(message),
+        }
     }
 }
-
-/// The largest value that is finite in f16; Q8_0 holds 127 times its f16 scale.
-const F16_MAX: f32 = 65504.0;

@@ -77,14 +77,14 @@ fn write_shards(
     let plans = tensors.iter().map(plan).collect::<Result<Vec<_>>>()?;
     let mut writer = ShardWriter::create(folder, &plans, float, max_shard_bytes)?;
     for (done, tensor) in tensors.iter().enumerate() {
-        let merged = merged_tensor(base, lora, tensor, float)?;
+        let merged = merged_tensor(base, lora, tensor)?;
         let heads = heads(&config.shape, &tensor.name);
         let mut whole = Vec::new();
         for rows in merged.bands() {
             if on_progress(Progress { done, total: tensors.len() }).is_break() {
                 return Ok(false);
             }
-            let stored = merged.stored(rows)?;
+            let stored = merged.stored(rows, &[float.dtype()])?.concat();
             match heads {
                 None => writer.write(&stored)?,
                 Some(_) => whole.extend(stored),
@@ -155,23 +155,12 @@ fn float_of(base: &GgufFile) -> Float {
     if query == Some(BlockType::F16) { Float::F16 } else { Float::Bf16 }
 }
 
-fn merged_tensor<'a>(
-    base: &GgufFile,
-    lora: &'a LoraParams,
-    tensor: &TensorInfo,
-    float: Float,
-) -> Result<MergedTensor<'a>> {
+fn merged_tensor<'a>(base: &GgufFile, lora: &'a LoraParams, tensor: &TensorInfo) -> Result<MergedTensor<'a>> {
     let pair = projection(&tensor.name).and_then(|(layer, target)| lora.pair(layer, target));
     let copy = |matrix| Ok::<_, Error>(host(matrix)?.to_vec().into());
     let delta = pair.map(|pair| Ok::<_, Error>(Delta { lora_a: copy(&pair.lora_a)?, lora_b: copy(&pair.lora_b)? }));
     let rank = lora.layout().spec().r as usize;
-    MergedTensor::new(
-        &tensor.name,
-        Weight::from_tensor(base, tensor)?,
-        delta.transpose()?,
-        (rank, lora.scale()),
-        float.dtype(),
-    )
+    MergedTensor::new(&tensor.name, Weight::from_tensor(base, tensor)?, delta.transpose()?, (rank, lora.scale()))
 }
 
 fn hf_name(name: &str) -> Result<String> {

@@ -135,6 +135,9 @@ impl Tuned<'_> {
     /// already; what the single exports may fail for.
     pub fn export(&self, wanted: &[Wanted], on_progress: OnProgress<'_>) -> Result<Option<Vec<Exported>>> {
         let staged = wanted.iter().map(Staged::new).collect::<Result<Vec<_>>>()?;
+        if !self.make_gguf(&staged, on_progress)? {
+            return Ok(None);
+        }
         let reference = Reference::new(self.model, self.lora, self.tokenizer, self.template)?;
         let mut certificates: Vec<Certificate> = Vec::with_capacity(staged.len());
         for (index, item) in staged.iter().enumerate() {
@@ -161,7 +164,28 @@ impl Tuned<'_> {
         staged.into_iter().zip(certificates).map(|(item, parity)| item.publish(parity)).collect::<Result<_>>().map(Some)
     }
 
-    /// Writes one export aside and certifies it.
+    /// Writes the merged GGUF files of all exports, reading the base once; whether it was not broken off. Each is told of the
+    /// progress of all.
+    fn make_gguf(&self, staged: &[Staged<'_>], on_progress: OnProgress<'_>) -> Result<bool> {
+        let mut made: Vec<(ExportKind, Quantization, PathBuf)> = Vec::new();
+        for item in staged {
+            let kind = item.wanted.kind;
+            if let Some(quantization) = kind.quantization()
+                && !made.iter().any(|&(_, known, _)| known == quantization)
+            {
+                made.push((kind, quantization, item.gguf_path()));
+            }
+        }
+        if made.is_empty() {
+            return Ok(true);
+        }
+        let outputs: Vec<(Quantization, &Path)> = made.iter().map(|(_, how, path)| (*how, path.as_path())).collect();
+        let on_progress = &mut |progress| made.iter().try_for_each(|&(kind, ..)| on_progress(kind, progress));
+        let reports = merged_lora(self.base, self.lora, Some(self.name_suffix), &outputs, on_progress)?;
+        Ok(reports.is_some())
+    }
+
+    /// Writes one export aside, if that has not been done, and certifies it.
     fn make(
         &self,
         item: &Staged<'_>,
@@ -184,12 +208,7 @@ impl Tuned<'_> {
                 reference.certify(self.model, Some(&read), ADAPTER_BOUND).map(Some)
             }
             ExportKind::Gguf(quantization) | ExportKind::Ollama(quantization) => {
-                let path = item.gguf_path();
-                let how = (quantization, Some(self.name_suffix));
-                if merged_lora(self.base, self.lora, how, &path, on_progress)?.is_none() {
-                    return Ok(None);
-                }
-                let read = Llama::load(&GgufFile::open(&path)?)?;
+                let read = Llama::load(&GgufFile::open(&item.gguf_path())?)?;
                 reference.certify(&read, None, bound_of(quantization)).map(Some)
             }
             ExportKind::Merged => {

@@ -36,7 +36,12 @@ pub struct Writer {
     current: usize,
     /// Bytes it has got so far.
     written: usize,
+    /// Bytes that may not be on the disk yet.
+    unsynced: usize,
 }
+
+/// The disk gets what was written in portions of this size, while the next portion is computed.
+const SYNC_BYTES: usize = 256 << 20;
 
 impl Writer {
     /// Writes the header of a file that shall get the name `target`.
@@ -59,7 +64,7 @@ impl Writer {
         let names = tensors.iter().map(|tensor| tensor.name.clone());
         let tensors = names.zip(sizes).collect();
         let file = BufWriter::with_capacity(1 << 20, temporary);
-        let mut writer = Self { target: target.to_owned(), file, tensors, current: 0, written: 0 };
+        let mut writer = Self { target: target.to_owned(), file, tensors, current: 0, written: 0, unsynced: 0 };
         writer.put(&header)?;
         Ok(writer)
     }
@@ -78,6 +83,7 @@ impl Writer {
             return Err(self.misuse(message));
         }
         self.put(bytes)?;
+        self.sync_portion(bytes.len())?;
         self.written += bytes.len();
         if self.written == size {
             self.put(&vec![0; size.next_multiple_of(DEFAULT_ALIGNMENT) - size])?;
@@ -85,6 +91,11 @@ impl Writer {
             self.written = 0;
         }
         Ok(())
+    }
+
+    /// Whether every tensor has got all its bytes.
+    pub fn is_complete(&self) -> bool {
+        self.current == self.tensors.len()
     }
 
     /// Syncs the complete file, still under its temporary name, so that it can be read back before it is published.
@@ -112,6 +123,15 @@ impl Writer {
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).map_err(Error::io(&self.target))
+    }
+
+    fn sync_portion(&mut self, bytes: usize) -> Result<()> {
+        self.unsynced += bytes;
+        if self.unsynced < SYNC_BYTES {
+            return Ok(());
+        }
+        self.unsynced = 0;
+        self.file.get_ref().as_file().sync_data().map_err(Error::io(&self.target))
     }
 
     fn misuse(&self, message: String) -> Error {

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ const TASK_VALUES: usize = 1 << 15;
 #[derive(Debug)]
 pub struct MappedFile {
     map: Mmap,
-    path: Option<PathBuf>,
+    source: Option<(File, PathBuf)>,
 }
 
 impl MappedFile {
@@ -40,7 +41,7 @@ impl MappedFile {
         // SAFETY: the map is private and read-only. Nobody writes to a model file in place: base models are read-only,
         // and every file of our own is written under a new name and renamed.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        Ok(Self { map, path: Some(path.to_owned()) })
+        Ok(Self { map, source: Some((file, path.to_owned())) })
     }
 
     /// Copies bytes into memory of their own.
@@ -55,7 +56,7 @@ impl MappedFile {
         };
         let map =
             copy().map_err(|error| Error::Model(format!("{} bytes do not fit in memory: {error}", bytes.len())))?;
-        Ok(Self { map, path: None })
+        Ok(Self { map, source: None })
     }
 
     /// All bytes.
@@ -65,7 +66,25 @@ impl MappedFile {
 
     /// Where the file lies; `None` for bytes in memory.
     pub fn path(&self) -> Option<&Path> {
-        self.path.as_deref()
+        self.source.as_ref().map(|(_, path)| path.as_path())
+    }
+
+    /// Copies bytes from that place on. Those of a file are read, not mapped: what is read once leaves nothing in this
+    /// process's memory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be read or ends before `out` is full.
+    ///
+    /// # Panics
+    /// Where bytes in memory end before `out` is full.
+    pub(crate) fn read_at(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        match &self.source {
+            Some((file, path)) => file.read_exact_at(out, offset as u64).map_err(Error::io(path)),
+            None => {
+                out.copy_from_slice(&self.map[offset..offset + out.len()]);
+                Ok(())
+            }
+        }
     }
 }
 
@@ -172,6 +191,35 @@ impl Weight {
         let row_bytes = self.dtype.row_bytes(self.columns);
         let start = self.offset + rows.start * row_bytes;
         dequantize(self.dtype, self.columns, &self.file.bytes()[start..start + count * row_bytes], out)
+    }
+}
+
+/// Rows of a weight as they are stored, read into one buffer again and again.
+#[derive(Debug, Default)]
+pub(crate) struct StoredRows {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl StoredRows {
+    /// Aligned enough for every block type.
+    const ALIGNMENT: usize = 8;
+
+    /// Reads those rows, which must be there, on this thread.
+    ///
+    /// # Errors
+    /// As [`MappedFile::read_at`].
+    pub(crate) fn read(&mut self, weight: &Weight, rows: Range<usize>) -> Result<&[u8]> {
+        debug_assert!(rows.start <= rows.end && rows.end <= weight.rows, "{rows:?} of {}", weight.rows);
+        let row_bytes = weight.dtype.row_bytes(weight.columns);
+        let length = rows.len() * row_bytes;
+        if self.buffer.len() < length + Self::ALIGNMENT {
+            self.buffer.resize(length + Self::ALIGNMENT, 0);
+            self.start = self.buffer.as_ptr().align_offset(Self::ALIGNMENT);
+        }
+        let out = &mut self.buffer[self.start..self.start + length];
+        weight.file.read_at(weight.offset + rows.start * row_bytes, out)?;
+        Ok(out)
     }
 }
 

@@ -277,4 +277,4 @@ fn first_infinite_scale(dtype: BlockType, stored: &[u8]) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

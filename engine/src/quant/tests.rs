@@ -2,6 +2,7 @@
 //! hold.
 
 use proptest::prelude::*;
+use sha2::{Digest, Sha256};
 
 use super::lanes::with_widest;
 use super::*;
@@ -32,7 +33,7 @@ fn there_and_back(dtype: BlockType, columns: usize, values: &[f32]) -> Vec<f32> 
 }
 
 /// The largest error of a value, in parts of the largest magnitude of its block.
-fn tolerance(dtype: BlockType) -> f32 {
+pub(crate) fn tolerance(dtype: BlockType) -> f32 {
     let f16 = 1.0 / 2048.0;
     match dtype {
         BlockType::F32 => 0.0,
@@ -122,6 +123,35 @@ fn a_block_does_not_depend_on_its_neighbours() {
         let alone = values.chunks(256).flat_map(|row| quantize(dtype, 256, row).expect("quantized"));
         assert_eq!(together, alone.collect::<Vec<u8>>(), "{dtype:?}");
     }
+}
+
+/// The beginning of the SHA-256 of two rows of [`values`] by type, in full agreement with `llama-quantize` (tests/llama_quantize.rs).
+const DIGESTS: [(BlockType, &str); 14] = [
+    (BlockType::F32, "94dacbe08f582364"),
+    (BlockType::F16, "8c56866ad3b9d319"),
+    (BlockType::BF16, "5165a6223b4dfae3"),
+    (BlockType::Q4_0, "54593fe62f7c4c6e"),
+    (BlockType::Q4_1, "f60dcf2e7d24c006"),
+    (BlockType::Q5_0, "797ad97e53088fb0"),
+    (BlockType::Q5_1, "cbdd206674ec8f48"),
+    (BlockType::Q8_0, "a73b7972933c4303"),
+    (BlockType::Q2K, "d8967ab6eeda2416"),
+    (BlockType::Q3K, "ebb0a7236a00c5de"),
+    (BlockType::Q4K, "74e93bbf47fac43c"),
+    (BlockType::Q5K, "38681b3dd629e61d"),
+    (BlockType::Q6K, "0a8a40ad24e9d2b9"),
+    (BlockType::IQ4NL, "a64a0b4c38d3df38"),
+];
+
+#[test]
+fn bytes_are_the_same_on_every_machine() {
+    let values = values(2 * 1024);
+    let digest = |dtype| {
+        let stored = quantize(dtype, 1024, &values).expect("quantized");
+        Sha256::digest(&stored)[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    let found = DIGESTS.map(|(dtype, _)| (dtype, digest(dtype)));
+    assert_eq!(found, DIGESTS.map(|(dtype, digest)| (dtype, digest.to_owned())));
 }
 
 #[test]
