@@ -15,7 +15,9 @@ use crate::spec::{LoraSpec, TrainSpec};
 /// A random `llama` model, small enough that a test trains it in moments.
 ///
 /// Its tokenizer is byte-level BPE with a few merges; its ids 0, 1 and 2 are `<|endoftext|>`, `<|im_start|>` (BOS, not added)
-/// and `<|im_end|>` (EOS), as SmolLM2 has them, and it has a ChatML template. The same fields give the same bytes everywhere.
+/// and `<|im_end|>` (EOS), as SmolLM2 has them, and it has a ChatML template. With `sentence_piece` they are `<unk>`, `<s>` (BOS,
+/// added) and `</s>` (EOS), as Llama 2 has them, and the template is in Llama 2's style. The same fields give the same bytes
+/// everywhere.
 #[derive(Debug, Clone)]
 pub struct TinyModel {
     /// Blocks.
@@ -36,6 +38,8 @@ pub struct TinyModel {
     pub context_length: usize,
     /// Seed of every weight.
     pub seed: u64,
+    /// Whether the tokenizer is SentencePiece's.
+    pub sentence_piece: bool,
     /// Stored types that the matrices take in turn; F16 where a row is no multiple of the type's block.
     pub dtypes: Vec<BlockType>,
 }
@@ -52,6 +56,7 @@ impl Default for TinyModel {
             rope_freqs: false,
             context_length: 512,
             seed: 1,
+            sentence_piece: false,
             dtypes: vec![BlockType::Q8_0],
         }
     }
@@ -80,7 +85,11 @@ impl TinyModel {
 
     /// Tokens in its vocabulary.
     pub fn vocab_size(&self) -> usize {
-        vocabulary().0.len()
+        self.vocabulary().len()
+    }
+
+    fn vocabulary(&self) -> Vec<Token> {
+        if self.sentence_piece { sentence_piece() } else { byte_level() }
     }
 
     fn tensors(&self) -> Vec<TensorSpec> {
@@ -121,9 +130,8 @@ impl TinyModel {
     }
 
     fn metadata(&self) -> Vec<(String, Value)> {
-        let (tokens, token_types, merges) = vocabulary();
+        let vocabulary = self.vocabulary();
         let number = |value: usize| Value::U32(value as u32);
-        let strings = |texts: Vec<String>| Value::Array(Array::String(texts.into_iter().map(Into::into).collect()));
         let pairs = [
             ("general.architecture", Value::from("llama")),
             ("general.name", Value::from("tiny")),
@@ -136,21 +144,35 @@ impl TinyModel {
             ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
             ("llama.rope.dimension_count", number(self.hidden / self.heads)),
             ("llama.rope.freq_base", Value::F32(10_000.0)),
-            ("llama.vocab_size", number(tokens.len())),
-            ("tokenizer.ggml.model", Value::from("gpt2")),
-            ("tokenizer.ggml.pre", Value::from("smollm")),
-            ("tokenizer.ggml.tokens", strings(tokens)),
-            ("tokenizer.ggml.token_type", Value::Array(Array::I32(token_types))),
-            ("tokenizer.ggml.merges", strings(merges)),
+            ("llama.vocab_size", number(vocabulary.len())),
+            ("tokenizer.ggml.tokens", strings(vocabulary.iter().map(|token| token.text.as_str()))),
+            (
+                "tokenizer.ggml.token_type",
+                Value::Array(Array::I32(vocabulary.iter().map(|token| token.kind).collect())),
+            ),
             ("tokenizer.ggml.bos_token_id", Value::U32(1)),
             ("tokenizer.ggml.eos_token_id", Value::U32(2)),
             ("tokenizer.ggml.unknown_token_id", Value::U32(0)),
             ("tokenizer.ggml.padding_token_id", Value::U32(2)),
-            ("tokenizer.ggml.add_space_prefix", Value::Bool(false)),
-            ("tokenizer.ggml.add_bos_token", Value::Bool(false)),
-            ("tokenizer.chat_template", Value::from(CHAT_TEMPLATE)),
+            ("tokenizer.ggml.add_space_prefix", Value::Bool(self.sentence_piece)),
+            ("tokenizer.ggml.add_bos_token", Value::Bool(self.sentence_piece)),
         ];
-        pairs.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+        let scores = vocabulary.iter().map(|token| token.score).collect();
+        let of_algorithm = if self.sentence_piece {
+            vec![
+                ("tokenizer.ggml.model", Value::from("llama")),
+                ("tokenizer.ggml.scores", Value::Array(Array::F32(scores))),
+                ("tokenizer.chat_template", Value::from(LLAMA_2_TEMPLATE)),
+            ]
+        } else {
+            vec![
+                ("tokenizer.ggml.model", Value::from("gpt2")),
+                ("tokenizer.ggml.pre", Value::from("smollm")),
+                ("tokenizer.ggml.merges", strings(MERGES.into_iter())),
+                ("tokenizer.chat_template", Value::from(CHAT_TEMPLATE)),
+            ]
+        };
+        pairs.into_iter().chain(of_algorithm).map(|(key, value)| (key.to_owned(), value)).collect()
     }
 }
 
@@ -188,19 +210,77 @@ const MERGES: [&str; 16] = [
     "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "n d", "o u", "Ġ w", "l l", "Ġa nd", "in g",
 ];
 
-/// Token types of GGUF: a text, and a token that only the program writes.
-const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
+const LLAMA_2_TEMPLATE: &str = "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}</s>\
+                                {% else %}<s>[INST] {{ message.content }} [/INST]{% endif %}{% endfor %}";
 
-/// Tokens, their types, and the merges.
-fn vocabulary() -> (Vec<String>, Vec<i32>, Vec<String>) {
-    let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
-    let mut tokens = special.to_vec();
-    let mut types = vec![CONTROL; tokens.len()];
-    tokens.extend((0..=u8::MAX).map(|byte| byte_character(byte).to_string()));
-    tokens.extend(MERGES.iter().map(|pair| pair.replace(' ', "")));
-    types.resize(tokens.len(), NORMAL);
-    (tokens, types, MERGES.map(str::to_owned).to_vec())
+/// Texts that SentencePiece's vocabulary has beside the characters, the likeliest first.
+const PIECES: [&str; 24] = [
+    "▁t",
+    "he",
+    "▁a",
+    "in",
+    "▁the",
+    "er",
+    "re",
+    "on",
+    "at",
+    "en",
+    "▁▁",
+    "▁s",
+    "nd",
+    "▁and",
+    "ing",
+    "▁▁▁▁",
+    "ou",
+    "ll",
+    "▁he",
+    "llo",
+    "</",
+    "s>",
+    "ab",
+    "aba",
+];
+
+/// Token types of GGUF.
+const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const BYTE: i32 = 6;
+
+/// A token of a vocabulary.
+struct Token {
+    text: String,
+    kind: i32,
+    score: f32,
+}
+
+impl Token {
+    fn new(text: impl Into<String>, kind: i32, score: f32) -> Self {
+        Self { text: text.into(), kind, score }
+    }
+}
+
+fn byte_level() -> Vec<Token> {
+    let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(|text| Token::new(text, CONTROL, 0.0));
+    let bytes = (0..=u8::MAX).map(|byte| Token::new(byte_character(byte), NORMAL, 0.0));
+    let merges = MERGES.map(|pair| Token::new(pair.replace(' ', ""), NORMAL, 0.0));
+    special.into_iter().chain(bytes).chain(merges).collect()
+}
+
+fn sentence_piece() -> Vec<Token> {
+    let special = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)];
+    let special = special.map(|(text, kind)| Token::new(text, kind, 0.0));
+    let bytes = (0..=u8::MAX).map(|byte| Token::new(format!("<0x{byte:02X}>"), BYTE, 0.0));
+    let pieces = PIECES.iter().zip(0u8..).map(|(&text, rank)| Token::new(text, NORMAL, -f32::from(rank)));
+    let characters = "▁etaoinshrdlucmfwygpbvkxqjzETAOINSHRDLU0123456789.,!?'-</>é你";
+    let characters = characters.chars().zip(0u8..).map(|(c, rank)| Token::new(c, NORMAL, -100.0 - f32::from(rank)));
+    let user_defined = [Token::new("<note>", USER_DEFINED, 0.0)];
+    special.into_iter().chain(bytes).chain(pieces).chain(characters).chain(user_defined).collect()
+}
+
+fn strings<'a>(texts: impl Iterator<Item = &'a str>) -> Value {
+    Value::Array(Array::String(texts.map(|text| text.as_bytes().to_vec()).collect()))
 }
 
 /// The character that stands for a byte in a byte-level vocabulary: itself where it is visible in Latin-1, else one from

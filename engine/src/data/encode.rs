@@ -144,7 +144,7 @@ impl<'a> Conversation<'a> {
             return Err(Error::Template(message.into()).into());
         };
         let turn = turn.trim_end();
-        let tokens = self.tokenizer.encode(turn, true)?;
+        let tokens = self.tokenizer.encode_after(prompt_tokens.last().copied(), turn, true)?;
         if !tokens.last().is_some_and(|last| self.tokenizer.stop_tokens().contains(last)) {
             let stops: Vec<&str> =
                 self.tokenizer.stop_tokens().iter().filter_map(|&id| self.tokenizer.token_text(id)).collect();

@@ -67,7 +67,7 @@ pub fn generate(
     }
     let room = spec.max_tokens.min(context - prompt.len());
     let mut cache = model.cache(prompt.len() + room)?;
-    let mut stream = TokenStream::new(tokenizer);
+    let mut stream = TokenStream::after(tokenizer, prompt.last().copied());
     let mut generated = Generated { text: String::new(), tokens: Vec::new(), finish_reason: FinishReason::Length };
     let mut logits = model.decode(prompt, &mut cache, lora)?;
     while generated.tokens.len() < room {

@@ -1,50 +1,66 @@
 //! Text to tokens and back, as the model's own GGUF metadata says.
 //!
-//! Byte-level BPE (`tokenizer.ggml.model = gpt2`); agrees token for token with llama.cpp. `add_eos_token` is not read: what ends a
-//! training row comes from the template, and a prompt has no end.
+//! Byte-level BPE (`tokenizer.ggml.model = gpt2`) and SentencePiece (`llama`); both agree token for token with llama.cpp.
+//! `add_eos_token` is not read: what ends a training row comes from the template, and a prompt has no end.
 
+mod bpe;
 mod byte_level;
+mod cut;
+mod merge;
 mod pre;
+mod sentence_piece;
 mod special;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod unicode;
 
-use tokenizers::models::bpe::{BPE, Vocab};
+use std::collections::HashMap;
 
 use crate::files::shorten;
 use crate::gguf::GgufFile;
 use crate::{Error, Result};
+use bpe::Bpe;
 use pre::Pre;
+use sentence_piece::SentencePiece;
 use special::{Fragment, Special};
 
 pub use stream::TokenStream;
 
 /// Texts of tokens that end a turn in the chat formats in use; where a vocabulary has one, generation stops at it.
-const END_OF_TURN: [&str; 7] =
-    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
+const END_OF_TURN: [&str; 8] =
+    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>", "</s>"];
+
+/// Tokens by their text; of two tokens with one text, the later.
+type Vocabulary<'a> = HashMap<&'a str, u32>;
 
 /// What a GGUF file says about its tokenizer, key by key (`tokenizer.ggml.*`).
 #[derive(Debug, Clone, Default)]
 pub struct Metadata {
     /// `model`: the algorithm.
     pub model: String,
-    /// `pre`: how words are cut.
+    /// `pre`: how words are cut before BPE.
     pub pre: Option<String>,
     /// `tokens`: the text of each token.
     pub tokens: Vec<String>,
     /// `token_type`: the kind of each token; empty where the file has none.
     pub token_types: Vec<i32>,
-    /// `merges`: pairs of texts, the first merged first.
+    /// `merges`: pairs of texts, the first merged first; only of BPE.
     pub merges: Vec<String>,
+    /// `scores`: of each token; the highest is made first. Only of SentencePiece; all 0 where the file has none.
+    pub scores: Vec<f32>,
     /// `bos_token_id`.
     pub bos: Option<u32>,
     /// `eos_token_id`.
     pub eos: Option<u32>,
     /// `eot_token_id`.
     pub eot: Option<u32>,
+    /// `unknown_token_id`.
+    pub unknown: Option<u32>,
     /// `add_bos_token`.
     pub add_bos: Option<bool>,
+    /// `add_space_prefix`: whether SentencePiece puts a space before a text.
+    pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
 }
@@ -65,10 +81,13 @@ impl Metadata {
             tokens: strings("tokenizer.ggml.tokens")?,
             token_types: file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default(),
             merges: strings("tokenizer.ggml.merges")?,
+            scores: file.f32s("tokenizer.ggml.scores")?.unwrap_or_default(),
             bos: file.u32("tokenizer.ggml.bos_token_id")?,
             eos: file.u32("tokenizer.ggml.eos_token_id")?,
             eot: file.u32("tokenizer.ggml.eot_token_id")?,
+            unknown: file.u32("tokenizer.ggml.unknown_token_id")?,
             add_bos: file.bool("tokenizer.ggml.add_bos_token")?,
+            add_space_prefix: file.bool("tokenizer.ggml.add_space_prefix")?,
             chat_template: string("tokenizer.chat_template")?,
         })
     }
@@ -81,6 +100,7 @@ enum Kind {
     Unknown,
     Control,
     UserDefined,
+    Byte,
     Other,
 }
 
@@ -91,14 +111,21 @@ impl Kind {
             2 => Self::Unknown,
             3 => Self::Control,
             4 => Self::UserDefined,
+            6 => Self::Byte,
             _ => Self::Other,
         }
     }
 }
 
+/// How a text without special tokens becomes tokens.
+enum Algorithm {
+    ByteLevel(Bpe),
+    SentencePiece(SentencePiece),
+}
+
 /// A model's tokenizer.
 pub struct Tokenizer {
-    bpe: tokenizers::Tokenizer,
+    algorithm: Algorithm,
     specials: Vec<Special>,
     tokens: Vec<String>,
     token_bytes: Vec<Vec<u8>>,
@@ -130,39 +157,30 @@ impl Tokenizer {
     /// # Errors
     /// An algorithm or pre-tokenizer that is not supported, or metadata that contradict themselves.
     pub fn new(metadata: Metadata) -> Result<Self> {
-        if metadata.model != "gpt2" {
-            return Err(Error::Tokenizer(format!(
-                "tokenizer.ggml.model `{}` is not supported, supported: gpt2 (byte-level BPE)",
-                shorten(&metadata.model)
-            )));
-        }
-        let pre = Pre::named(metadata.pre.as_deref())?;
         let vocabulary = vocabulary(&metadata.tokens)?;
-        let kinds = kinds(&metadata)?;
-        let bos = special_id("bos_token_id", metadata.bos, &metadata.tokens)?;
-        let eos = special_id("eos_token_id", metadata.eos, &metadata.tokens)?;
-        let eot = special_id("eot_token_id", metadata.eot, &metadata.tokens)?;
+        let special = |key, id| special_id(key, id, &metadata.tokens);
+        let (bos, eos) = (special("bos_token_id", metadata.bos)?, special("eos_token_id", metadata.eos)?);
+        let (eot, unknown) = (special("eot_token_id", metadata.eot)?, special("unknown_token_id", metadata.unknown)?);
         let ends = END_OF_TURN.iter().filter_map(|&text| vocabulary.get(text).copied());
         let mut stop_tokens: Vec<u32> = eos.into_iter().chain(eot).chain(ends).collect();
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
-        let kinds: Vec<Kind> = kinds
+        let kinds: Vec<Kind> = kinds(&metadata)?
             .into_iter()
-            .enumerate()
+            .zip(0..)
             // A stop token that the file calls a normal one would be cut into words and never be recognised.
-            .map(|(id, kind)| if stop_tokens.contains(&(id as u32)) { Kind::Control } else { kind })
+            .map(|(kind, id)| if stop_tokens.contains(&id) { Kind::Control } else { kind })
             .collect();
-        let token_bytes = token_bytes(&metadata.tokens, &kinds);
-        let bpe = build_bpe(&pre, vocabulary, &metadata.merges)?;
+        let (algorithm, adds_bos) = algorithm(&metadata, &vocabulary, unknown)?;
         Ok(Self {
-            bpe,
+            token_bytes: token_bytes(&metadata.tokens, &kinds, &algorithm),
+            algorithm,
             specials: special::sorted(&metadata.tokens, &kinds),
             tokens: metadata.tokens,
-            token_bytes,
             kinds,
             bos,
             eos,
-            adds_bos: metadata.add_bos.unwrap_or(pre.adds_bos) && bos.is_some(),
+            adds_bos: metadata.add_bos.unwrap_or(adds_bos) && bos.is_some(),
             stop_tokens,
             chat_template: metadata.chat_template,
         })
@@ -172,25 +190,50 @@ impl Tokenizer {
     /// it is text like any other. (Tokens that a user defined are found either way.)
     ///
     /// # Errors
-    /// Only a fault in the tokenizer itself.
+    /// A text of 4 GiB or more.
     pub fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>> {
+        self.encode_after(None, text, parse_special)
+    }
+
+    /// As [`Tokenizer::encode`], for a text that goes on after tokens of which `last` is the last: SentencePiece puts a space
+    /// before a text only at its start and after a special token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_after(&self, last: Option<u32>, text: &str, parse_special: bool) -> Result<Vec<u32>> {
+        // Spaces may grow to three bytes.
+        if text.len() >= u32::MAX as usize / 3 {
+            return Err(Error::Tokenizer(format!("a text of {} bytes is too long for one piece", text.len())));
+        }
         let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut after_special = self.begins_text(last);
         for fragment in special::partition(text, &self.specials, parse_special) {
-            match fragment {
-                Fragment::Token(id) => ids.push(id),
-                Fragment::Text(text) => {
-                    let encoding = self
-                        .bpe
-                        .encode_fast(text, false)
-                        .map_err(|error| Error::Tokenizer(format!("cannot encode a text: {error}")))?;
-                    ids.extend_from_slice(encoding.get_ids());
-                }
+            match (fragment, &self.algorithm) {
+                (Fragment::Token(id), _) => ids.push(id),
+                (Fragment::Text(text), Algorithm::ByteLevel(bpe)) => bpe.encode(text, &mut ids),
+                (Fragment::Text(text), Algorithm::SentencePiece(model)) => model.encode(text, after_special, &mut ids),
             }
+            after_special = matches!(fragment, Fragment::Token(_));
         }
         Ok(ids)
     }
 
-    /// The text of tokens, control tokens left out; bytes that are no UTF-8 come out as U+FFFD.
+    /// Whether a text after that token is treated as one that begins.
+    fn begins_text(&self, last: Option<u32>) -> bool {
+        let kind = last.and_then(|id| self.kinds.get(id as usize));
+        last.is_none() || matches!(kind, Some(Kind::Control | Kind::UserDefined | Kind::Unknown))
+    }
+
+    /// Whether a text that begins has a space before it which is not its own.
+    fn adds_space(&self) -> bool {
+        match &self.algorithm {
+            Algorithm::ByteLevel(_) => false,
+            Algorithm::SentencePiece(model) => model.adds_space,
+        }
+    }
+
+    /// The text of tokens, control tokens left out; bytes that are no UTF-8 come out as U+FFFD. The space that SentencePiece
+    /// puts before a text is left out too.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut stream = TokenStream::new(self);
         let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
@@ -249,13 +292,39 @@ impl Tokenizer {
     }
 }
 
-fn vocabulary(tokens: &[String]) -> Result<Vocab> {
+fn vocabulary(tokens: &[String]) -> Result<Vocabulary<'_>> {
     if tokens.is_empty() {
         return Err(Error::Tokenizer("tokenizer.ggml.tokens is empty".into()));
     }
     let last = u32::try_from(tokens.len())
         .map_err(|_| Error::Tokenizer(format!("tokenizer.ggml.tokens has {} entries", tokens.len())))?;
-    Ok(tokens.iter().cloned().zip(0..last).collect())
+    Ok(tokens.iter().map(String::as_str).zip(0..last).collect())
+}
+
+/// The algorithm, and whether a text starts with BOS where the file does not say.
+fn algorithm(metadata: &Metadata, vocabulary: &Vocabulary<'_>, unknown: Option<u32>) -> Result<(Algorithm, bool)> {
+    match metadata.model.as_str() {
+        "gpt2" => {
+            let pre = Pre::named(metadata.pre.as_deref())?;
+            let adds_bos = pre.adds_bos;
+            Ok((Algorithm::ByteLevel(Bpe::new(pre, vocabulary, &metadata.merges)?), adds_bos))
+        }
+        "llama" => {
+            let (scores, tokens) = (metadata.scores.len(), metadata.tokens.len());
+            if scores != 0 && scores != tokens {
+                return Err(Error::Tokenizer(format!(
+                    "tokenizer.ggml.scores has {scores} entries, but tokenizer.ggml.tokens has {tokens}"
+                )));
+            }
+            let adds_space = metadata.add_space_prefix.unwrap_or(true);
+            let model = SentencePiece::new(vocabulary, &metadata.scores, adds_space, unknown)?;
+            Ok((Algorithm::SentencePiece(model), true))
+        }
+        other => Err(Error::Tokenizer(format!(
+            "tokenizer.ggml.model `{}` is not supported, supported: gpt2 (byte-level BPE), llama (SentencePiece)",
+            shorten(other)
+        ))),
+    }
 }
 
 fn kinds(metadata: &Metadata) -> Result<Vec<Kind>> {
@@ -283,49 +352,17 @@ fn special_id(key: &str, id: Option<u32>, tokens: &[String]) -> Result<Option<u3
     }
 }
 
-fn token_bytes(tokens: &[String], kinds: &[Kind]) -> Vec<Vec<u8>> {
+fn token_bytes(tokens: &[String], kinds: &[Kind], algorithm: &Algorithm) -> Vec<Vec<u8>> {
     let alphabet = byte_level::Alphabet::new();
-    let bytes = |(text, &kind): (&String, &Kind)| match kind {
-        Kind::Normal => alphabet.decode(text).unwrap_or_else(|| text.as_bytes().to_vec()),
-        Kind::Unknown | Kind::Control | Kind::UserDefined | Kind::Other => text.as_bytes().to_vec(),
+    let plain = |text: &str| text.as_bytes().to_vec();
+    let bytes = |(text, &kind): (&String, &Kind)| match (kind, algorithm) {
+        (Kind::Unknown | Kind::Control | Kind::UserDefined, _) => plain(text),
+        (Kind::Normal, Algorithm::ByteLevel(_)) => alphabet.decode(text).unwrap_or_else(|| plain(text)),
+        (Kind::Byte | Kind::Other, Algorithm::ByteLevel(_)) => plain(text),
+        (Kind::Byte, Algorithm::SentencePiece(_)) => {
+            sentence_piece::byte_of(text).map_or_else(|| plain(text), |byte| vec![byte])
+        }
+        (Kind::Normal | Kind::Other, Algorithm::SentencePiece(_)) => sentence_piece::text_of(text),
     };
     tokens.iter().zip(kinds).map(bytes).collect()
-}
-
-fn build_bpe(pre: &Pre, vocabulary: Vocab, merges: &[String]) -> Result<tokenizers::Tokenizer> {
-    if merges.is_empty() {
-        return Err(Error::Tokenizer("tokenizer.ggml.merges is missing or empty".into()));
-    }
-    // Bytes without a token are dropped from a text, by llama.cpp and here: worth a word, once.
-    let missing = (0..=0xF4u8).filter(|&b| !matches!(b, 0xC0 | 0xC1)).map(byte_level::byte_to_char);
-    let missing = missing.filter(|c| !vocabulary.contains_key(c.to_string().as_str())).count();
-    if missing > 0 {
-        tracing::debug!(missing, "the vocabulary lacks tokens for some bytes, characters with such bytes are lost");
-    }
-    let merges = merges.iter().map(|merge| split_merge(merge, &vocabulary)).collect::<Result<Vec<_>>>()?;
-    let model = BPE::builder()
-        .vocab_and_merges(vocabulary, merges)
-        .ignore_merges(pre.ignore_merges)
-        .build()
-        .map_err(|error| Error::Tokenizer(format!("byte-level BPE: {error}")))?;
-    let mut bpe = tokenizers::Tokenizer::new(model);
-    bpe.with_pre_tokenizer(Some(pre.build()?));
-    Ok(bpe)
-}
-
-/// The two texts of a merge, `Ġt he` for one; both and what they make must be tokens.
-fn split_merge(merge: &str, vocabulary: &Vocab) -> Result<(String, String)> {
-    // The space between the two is not the first character, which may be a space itself.
-    let first = merge.chars().next().map_or(0, char::len_utf8);
-    let Some(space) = merge[first..].find(' ').map(|at| at + first) else {
-        return Err(Error::Tokenizer(format!("tokenizer.ggml.merges: `{}` is not two texts", shorten(merge))));
-    };
-    let (left, right) = (&merge[..space], &merge[space + 1..]);
-    for text in [left, right, &format!("{left}{right}")] {
-        if !vocabulary.contains_key(text) {
-            let (merge, text) = (shorten(merge), shorten(text));
-            return Err(Error::Tokenizer(format!("tokenizer.ggml.merges: `{merge}` needs the token `{text}`")));
-        }
-    }
-    Ok((left.to_owned(), right.to_owned()))
 }

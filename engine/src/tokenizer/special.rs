@@ -11,7 +11,7 @@ pub(super) struct Special {
 }
 
 /// A piece of a text.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fragment<'a> {
     /// Text to be cut into words.
     Text(&'a str),
@@ -25,7 +25,7 @@ pub(super) fn sorted(tokens: &[String], kinds: &[Kind]) -> Vec<Special> {
         let only_if_asked = match kind {
             Kind::Control | Kind::Unknown => true,
             Kind::UserDefined => false,
-            Kind::Normal | Kind::Other => return None,
+            Kind::Normal | Kind::Byte | Kind::Other => return None,
         };
         (!text.is_empty()).then(|| Special { text: text.clone(), id, only_if_asked })
     };

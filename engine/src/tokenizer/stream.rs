@@ -6,20 +6,32 @@ use super::Tokenizer;
 pub struct TokenStream<'a> {
     tokenizer: &'a Tokenizer,
     pending: Vec<u8>,
+    /// Whether a space that comes next is the tokenizer's and not the text's.
+    begins: bool,
 }
 
 impl<'a> TokenStream<'a> {
-    /// A stream with nothing in it.
+    /// The stream of a text that begins.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, pending: Vec::new() }
+        Self::after(tokenizer, None)
+    }
+
+    /// The stream of a text that goes on after tokens of which `last` is the last.
+    pub fn after(tokenizer: &'a Tokenizer, last: Option<u32>) -> Self {
+        Self { tokenizer, pending: Vec::new(), begins: tokenizer.begins_text(last) }
     }
 
     /// The text that this token completes, if it completes any. Control tokens have no text. Bytes that can no longer become
     /// a character come out as U+FFFD.
     pub fn push(&mut self, id: u32) -> Option<String> {
-        if !self.tokenizer.is_control(id) {
-            self.pending.extend_from_slice(self.tokenizer.token_bytes(id));
+        let mut bytes = self.tokenizer.token_bytes(id);
+        if self.tokenizer.is_control(id) {
+            bytes = &[];
+        } else if self.begins && self.tokenizer.adds_space() {
+            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
         }
+        self.begins = self.tokenizer.begins_text(Some(id));
+        self.pending.extend_from_slice(bytes);
         self.take(false)
     }
 
