@@ -23,6 +23,5 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ids.extend(tokenizer.encode(text, !plain)?);
         rows.push(ids);
     }
-    println!("{}", serde_json::to_string(&rows)?);
-    Ok(())
+    Ok(serde_json::to_writer(std::io::stdout().lock(), &rows)?)
 }
