@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use lorad_engine::adapter::{LoraLayout, LoraParams, peft_spec};
-use lorad_engine::data::{Dataset, Format, Report, Row};
+use lorad_engine::data::{Dataset, Format, Report, Row, Rows};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{LoraOptions, TrainOptions, TrainSpec, TrainingOptions};
@@ -88,8 +88,12 @@ fn thirty_steps_follow_pytorch_and_peft() {
     let path = folder.path().join("tiny.gguf");
     TinyModel::default().write(&path).unwrap();
     let model = Llama::load(&GgufFile::open(&path).unwrap()).unwrap();
-    let rows = golden.rows.iter().map(|row| Row { tokens: row.tokens.clone(), trained: row.trained.clone() }).collect();
-    let dataset = Dataset { rows, report: Report { format: Some(Format::Chat), ..Report::default() } };
+    let rows: Vec<Row> =
+        golden.rows.iter().map(|row| Row { tokens: row.tokens.clone(), trained: row.trained.clone() }).collect();
+    let dataset = Dataset {
+        rows: Rows::from_memory(&rows).unwrap(),
+        report: Report { format: Some(Format::Chat), ..Report::default() },
+    };
     let start = Start { init_from: Some(golden_folder().join("start")), ..Start::default() };
     let mut steps = Vec::new();
     let outcome = train(&spec(&golden.recipe), &model, &dataset, start, &mut |event| {

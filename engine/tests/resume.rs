@@ -12,7 +12,7 @@ use lorad_engine::ops::cross_entropy::Loss;
 use lorad_engine::spec::{EarlyStopping, LrScheduler, Optimizer, TrainOptions, TrainSpec, TrainingOptions};
 use lorad_engine::testing::TinyModel;
 use lorad_engine::train::{Checkpoint, Outcome, Start, StepMetrics, TrainEvent, train};
-use support::{dataset, random_lora, tiny};
+use support::{dataset, kept, random_lora, rows, tiny};
 
 fn spec(change: impl FnOnce(&mut TrainOptions)) -> TrainSpec {
     let training = TrainingOptions { learning_rate: Some(1e-2), warmup_steps: Some(1), ..TrainingOptions::default() };
@@ -93,8 +93,8 @@ fn a_resumed_run_ends_with_the_same_bits() {
 
 #[test]
 fn so_does_one_with_dropout_validation_early_stopping_and_8_bit_moments() {
-    let mut validation = dataset(20);
-    validation.rows.drain(..13);
+    let held_out = &rows(20)[13..];
+    let validation = kept(held_out);
     let spec = spec(|options| {
         options.lora.dropout = Some(0.2);
         options.lora.r = Some(64);
@@ -118,7 +118,7 @@ fn so_does_one_with_dropout_validation_early_stopping_and_8_bit_moments() {
     // The result is the best evaluation's adapter, not the last step's.
     let (_, model) = tiny(&TinyModel::default());
     let mut again = Loss::default();
-    for rows in validation.rows.chunks(2) {
+    for rows in held_out.chunks(2) {
         again += model.evaluate(&MicroBatch::pad(rows), &outcome.lora).unwrap();
     }
     assert_eq!(again.sum / again.tokens as f64, least);

@@ -26,7 +26,8 @@ fn trained(file: &GgufFile, model: &Llama, template: Template) -> (Outcome, Vec<
         writeln!(data, r#"{{"instruction": "tell {name} a thing", "output": "there he sat and ate the hat"}}"#)
             .unwrap();
     }
-    let dataset = prepare(data.path(), &spec, &tokenizer, model.config().context_length, &mut || ()).unwrap();
+    let (scratch, context_length) = (std::env::temp_dir(), model.config().context_length);
+    let dataset = prepare(data.path(), &spec, &tokenizer, context_length, &scratch, &mut || ()).unwrap();
     let mut losses = Vec::new();
     let outcome = train(&spec, model, &dataset, Start::default(), &mut |event| {
         if let TrainEvent::Step(step) = event {

@@ -225,8 +225,9 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let file = GgufFile::open(&path)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
+    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
     let read = |path: &Path, spec: &TrainSpec, what: &str| {
-        let dataset = data::prepare(path, spec, &tokenizer, model.config().context_length, &mut || ())
+        let dataset = data::prepare(path, spec, &tokenizer, model.config().context_length, &args.out, &mut || ())
             .inspect_err(list_bad_rows)
             .with_context(|| format!("cannot {what} {}", path.display()))?;
         describe(&dataset.report);
@@ -234,7 +235,6 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     };
     let dataset = read(&args.data, &spec, "train on")?;
     let validation = args.validation.as_ref().map(|path| read(path, &spec, "evaluate")).transpose()?;
-    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
     let start = Start {
         resume: resume_point(args)?,
         init_from: args.init_from.clone(),

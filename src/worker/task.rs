@@ -146,7 +146,9 @@ fn train_and_export(
     let (base, llama, tokenizer) = inputs.load_model(progress)?;
     let context_length = llama.config().context_length;
     let dataset =
-        data::prepare(&inputs.training_file, &task.spec, &tokenizer, context_length, &mut || progress.made())?;
+        data::prepare(&inputs.training_file, &task.spec, &tokenizer, context_length, &inputs.scratch, &mut || {
+            progress.made()
+        })?;
     progress.made();
     let resume = resume.map(|path| Checkpoint::load(&path)).transpose()?;
     let mut saved = Ok(());

@@ -1,6 +1,7 @@
 //! Training rows out of a file: read, judge every row, render, tokenize, mask.
 
 mod batch;
+mod cache;
 mod encode;
 mod error;
 mod format;
@@ -19,6 +20,7 @@ use std::path::Path;
 use rayon::prelude::*;
 
 pub use batch::{Loader, MicroBatch, NO_LABEL};
+pub use cache::Rows;
 pub use encode::chat_prompt;
 pub use error::DatasetError;
 pub use report::{BadRow, BadRowCode, Format, LISTED_BAD_ROWS, Report};
@@ -27,6 +29,7 @@ pub use template::{ChatTemplate, Message, Role};
 use crate::spec::{DatasetFormat, TrainSpec};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
+use cache::RowWriter;
 use encode::EncodeError;
 use judge::{Judge, JudgedRow, ParsedRow};
 use reader::{RawRow, RowReader};
@@ -67,24 +70,28 @@ impl Row {
 #[derive(Debug, Clone)]
 pub struct Dataset {
     /// Its rows, in the file's order.
-    pub rows: Vec<Row>,
+    pub rows: Rows,
     /// What was found on the way.
     pub report: Report,
 }
 
-/// Reads a data set as the model will see it; calls `on_progress` after every few hundred rows.
+/// Reads a data set as the model will see it; calls `on_progress` after every few hundred rows. The rows are kept in files in
+/// the folder `scratch`, which have no names and go with the data set.
 ///
 /// # Errors
-/// [`Error::Dataset`] where it cannot be trained on, [`Error::Template`] and [`Error::Tokenizer`] where the model's own
+/// [`Error::Io`] where the rows cannot be kept, [`Error::Dataset`] where it cannot be trained on, [`Error::Template`] and [`Error::Tokenizer`] where the model's own
 /// template or tokenizer is at fault, [`Error::Spec`] for a row length above the model's.
 pub fn prepare(
     path: &Path,
     spec: &TrainSpec,
     tokenizer: &Tokenizer,
     context_length: usize,
+    scratch: &Path,
     on_progress: &mut dyn FnMut(),
 ) -> Result<Dataset> {
-    read(path, spec, tokenizer, context_length, true, on_progress)
+    let mut rows = RowWriter::new(scratch, tokenizer.vocab_size())?;
+    let report = read(path, spec, tokenizer, context_length, &mut |row| rows.push(row), on_progress)?;
+    Ok(Dataset { rows: rows.finish()?, report: check(report)? })
 }
 
 /// The same reading as [`prepare`], for its report: nothing is kept in memory.
@@ -98,7 +105,7 @@ pub fn validate(
     context_length: usize,
     on_progress: &mut dyn FnMut(),
 ) -> Result<Report> {
-    Ok(read(path, spec, tokenizer, context_length, false, on_progress)?.report)
+    check(read(path, spec, tokenizer, context_length, &mut |_| Ok(()), on_progress)?)
 }
 
 fn read(
@@ -106,9 +113,9 @@ fn read(
     spec: &TrainSpec,
     tokenizer: &Tokenizer,
     context_length: usize,
-    keep: bool,
+    keep: &mut dyn FnMut(&Row) -> Result<()>,
     on_progress: &mut dyn FnMut(),
-) -> Result<Dataset> {
+) -> Result<Report> {
     let max_seq_length = spec.max_seq_length(context_length)?;
     let template = ChatTemplate::for_model(spec.dataset.template, tokenizer)?;
     let judge = Judge { template, tokenizer, train_on: spec.dataset.train_on, max_seq_length };
@@ -121,7 +128,7 @@ fn read(
         DatasetFormat::Alpaca => Some(Format::Alpaca),
         DatasetFormat::Chat => Some(Format::Chat),
     };
-    let mut dataset = Dataset { rows: Vec::new(), report: Report::default() };
+    let mut report = Report::default();
     loop {
         let raw = next_rows(&mut reader).map_err(io_error)?;
         if raw.is_empty() {
@@ -132,14 +139,14 @@ fn read(
             let objects = parsed.iter().filter_map(|row| row.object.as_ref().ok());
             format = format::detect(objects).transpose().map_err(|found| DatasetError::UnknownFormat { found })?;
         }
-        dataset.report.format = format;
+        report.format = format;
         let judged: Vec<JudgedRow> = parsed.into_par_iter().map(|row| judge.judge(row, format)).collect();
         for row in judged {
-            add_row(&mut dataset, row, max_seq_length, keep)?;
+            add_row(&mut report, row, max_seq_length, keep)?;
         }
         on_progress();
     }
-    check(dataset)
+    Ok(report)
 }
 
 /// The next rows of a file, some at a time so that the file is never in memory as a whole.
@@ -153,9 +160,13 @@ fn next_rows<R: std::io::BufRead>(reader: &mut RowReader<R>) -> std::io::Result<
     Ok(rows)
 }
 
-fn add_row(dataset: &mut Dataset, judged: JudgedRow, max_seq_length: usize, keep: bool) -> Result<()> {
+fn add_row(
+    report: &mut Report,
+    judged: JudgedRow,
+    max_seq_length: usize,
+    keep: &mut dyn FnMut(&Row) -> Result<()>,
+) -> Result<()> {
     let JudgedRow { line, row, ignored, tokens } = judged;
-    let report = &mut dataset.report;
     report.rows += 1;
     for name in ignored {
         report.add_ignored_field(name);
@@ -183,26 +194,23 @@ fn add_row(dataset: &mut Dataset, judged: JudgedRow, max_seq_length: usize, keep
     }
     report.tokens += tokens.tokens.len() as u64;
     report.trained_tokens += trained;
-    if keep && report.bad_row_count == 0 {
-        dataset.rows.push(tokens);
-    }
-    Ok(())
+    // Nothing is trained on a file with a bad row.
+    if report.bad_row_count == 0 { keep(&tokens) } else { Ok(()) }
 }
 
 /// The verdict on the whole file.
-fn check(dataset: Dataset) -> Result<Dataset> {
-    let report = &dataset.report;
+fn check(report: Report) -> Result<Report> {
     if report.rows == 0 {
         return Err(DatasetError::Empty.into());
     }
     if report.bad_row_count > 0 {
-        return Err(DatasetError::BadRows(Box::new(dataset.report)).into());
+        return Err(DatasetError::BadRows(Box::new(report)).into());
     }
     if report.rows < MIN_ROWS {
         return Err(DatasetError::TooFewRows { rows: report.rows, needed: MIN_ROWS }.into());
     }
     if report.trained_tokens == 0 {
-        return Err(DatasetError::NothingToTrain(Box::new(dataset.report)).into());
+        return Err(DatasetError::NothingToTrain(Box::new(report)).into());
     }
     if report.dropped_rows > 0 {
         tracing::warn!(
@@ -211,5 +219,5 @@ fn check(dataset: Dataset) -> Result<Dataset> {
             "rows left out, their answer lies beyond max_seq_length"
         );
     }
-    Ok(dataset)
+    Ok(report)
 }

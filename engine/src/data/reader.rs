@@ -216,6 +216,9 @@ fn invalid(message: impl Into<String>) -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
     use super::*;
 
     /// (line, row, text or code) of every row.
@@ -261,6 +264,29 @@ mod tests {
         assert_eq!(rows("[{}\n,{\"a\": \"x\n\"},{}]", 100), [row(1, 1, "{}"), row(2, 2, "InvalidJson")]);
         assert_eq!(rows("[{}] {}", 100), [row(1, 1, "{}"), row(1, 2, "InvalidJson")]);
         assert_eq!(rows(&format!("[{}", "[".repeat(80)), 100), [row(1, 1, "InvalidJson")]);
+    }
+
+    /// Counts the bytes that are taken from it.
+    struct Counted<R>(R, Rc<Cell<u64>>);
+
+    impl<R: Read> Read for Counted<R> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let read = self.0.read(buffer)?;
+            self.1.set(self.1.get() + read as u64);
+            Ok(read)
+        }
+    }
+
+    #[test]
+    fn a_row_of_two_gigabytes_is_refused_without_being_read() {
+        for start in ["", "{\"instruction\": \"", "[{\"instruction\": \"", "[1, \""] {
+            let count = Rc::new(Cell::new(0));
+            let endless = start.as_bytes().chain(io::repeat(b'x')).take(2 << 30);
+            let input = io::BufReader::with_capacity(1 << 16, Counted(endless, Rc::clone(&count)));
+            let last = RowReader::new(input).last().expect("a row").expect("reads");
+            assert_eq!(last.text.expect_err("refused").code, BadRowCode::RowTooLong, "{start}");
+            assert!(count.get() < 17 << 20, "{start}: {} bytes were read", count.get());
+        }
     }
 
     #[test]

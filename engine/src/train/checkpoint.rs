@@ -210,20 +210,12 @@ pub(super) fn run_digest(
     let spec = serde_json::to_vec(spec).map_err(|error| Error::Checkpoint(error.to_string()))?;
     digest.update(&spec);
     digest.update(model.file_sha256());
-    add_rows(&mut digest, dataset);
+    digest.update(dataset.rows.digest());
     if let Some(validation) = validation {
         digest.update(b"validation");
-        add_rows(&mut digest, validation);
+        digest.update(validation.rows.digest());
     }
     Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-fn add_rows(digest: &mut Sha256, dataset: &Dataset) {
-    for row in &dataset.rows {
-        digest.update((row.tokens.len() as u64).to_le_bytes());
-        row.tokens.iter().for_each(|token| digest.update(token.to_le_bytes()));
-        row.trained.iter().for_each(|&trained| digest.update([u8::from(trained)]));
-    }
 }
 
 impl Header {

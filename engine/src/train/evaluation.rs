@@ -68,7 +68,7 @@ pub(super) fn evaluate(
     let rows: Vec<usize> = (0..validation.rows.len()).collect();
     let (mut loss, mut flow, mut done) = (Loss::default(), ControlFlow::Continue(()), 0);
     for rows in rows.chunks(spec.training.micro_batch_size.max(1) as usize) {
-        loss += model.evaluate(&micro_batch(validation, rows, spec.training.packing), lora)?;
+        loss += model.evaluate(&micro_batch(validation, rows, spec.training.packing)?, lora)?;
         done += rows.len();
         if on_event(TrainEvent::Evaluating { step, rows: done, total_rows: validation.rows.len() }).is_break() {
             flow = ControlFlow::Break(());

@@ -16,7 +16,7 @@ pub use schedule::learning_rate;
 
 use crate::Result;
 use crate::adapter::LoraParams;
-use crate::data::{Dataset, Loader, MicroBatch};
+use crate::data::{Dataset, Loader, MicroBatch, Row};
 use crate::model::Llama;
 use crate::spec::TrainSpec;
 use state::State;
@@ -163,7 +163,7 @@ fn first_break(one: ControlFlow<()>, other: ControlFlow<()>) -> ControlFlow<()> 
     if one.is_break() { one } else { other }
 }
 
-fn micro_batch(dataset: &Dataset, rows: &[usize], packing: bool) -> MicroBatch {
-    let rows = rows.iter().map(|&row| &dataset.rows[row]);
-    if packing { MicroBatch::pack(rows) } else { MicroBatch::pad(rows) }
+fn micro_batch(dataset: &Dataset, rows: &[usize], packing: bool) -> Result<MicroBatch> {
+    let rows: Vec<Row> = rows.iter().map(|&row| dataset.rows.row(row)).collect::<Result<_>>()?;
+    Ok(if packing { MicroBatch::pack(&rows) } else { MicroBatch::pad(&rows) })
 }

@@ -91,7 +91,7 @@ impl State {
         let (index, step) = (self.step(), self.step() + 1);
         let rows = loader.step(index);
         let batches: Vec<MicroBatch> =
-            rows.iter().map(|rows| micro_batch(dataset, rows, spec.training.packing)).collect();
+            rows.iter().map(|rows| micro_batch(dataset, rows, spec.training.packing)).collect::<Result<_>>()?;
         // Known before the first micro-batch: the loss is a mean over the whole batch, not a mean of means.
         let step_tokens: usize = batches.iter().map(MicroBatch::trained_tokens).sum();
         let (scale, kept_layers) = (1.0 / step_tokens.max(1) as f32, self.checkpoint.header.kept_layers);

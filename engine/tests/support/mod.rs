@@ -4,7 +4,7 @@
 
 use candle_core::Tensor;
 use lorad_engine::adapter::{LoraLayout, LoraParams};
-use lorad_engine::data::{Dataset, Format, Report, Row};
+use lorad_engine::data::{Dataset, Format, Report, Row, Rows};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{LoraOptions, LoraSpec, Target, TrainOptions, TrainSpec};
@@ -51,5 +51,11 @@ pub(crate) fn rows(count: usize) -> Vec<Row> {
 
 /// Those rows as a data set.
 pub(crate) fn dataset(count: usize) -> Dataset {
-    Dataset { rows: rows(count), report: Report { format: Some(Format::Chat), ..Report::default() } }
+    kept(&rows(count))
+}
+
+/// Rows as a data set.
+pub(crate) fn kept(rows: &[Row]) -> Dataset {
+    let report = Report { format: Some(Format::Chat), ..Report::default() };
+    Dataset { rows: Rows::from_memory(rows).unwrap(), report }
 }

@@ -53,7 +53,7 @@ pub(super) fn read_text(content: impl AsRef<[u8]>, spec: &TrainSpec) -> Result<D
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(content.as_ref()).expect("written");
     let tokenizer = tokenizer(Some(CHATML), false);
-    let dataset = prepare(file.path(), spec, &tokenizer, 512, &mut || ());
+    let dataset = prepare(file.path(), spec, &tokenizer, 512, &std::env::temp_dir(), &mut || ());
     if let Ok(dataset) = &dataset {
         let report = validate(file.path(), spec, &tokenizer, 512, &mut || ()).expect("what can be prepared is valid");
         assert_eq!(report, dataset.report);
