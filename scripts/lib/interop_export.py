@@ -38,33 +38,35 @@ def logits(model):
         return model(input_ids=torch.tensor([TOKENS])).logits[0]
 
 
-def make_adapter(base, rank, use_rslora, folder):
-    """A LoRA of PEFT's own making, with a B that is seen, and the logits that PEFT computes with it."""
+def make_adapter(model, rank, use_rslora, folder):
+    """A LoRA of PEFT's own making, with a B that is seen; the logits that PEFT computes with it, and the model without it."""
     torch.manual_seed(rank)
     config = peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=use_rslora, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(load_model(base), config)
+    model = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, values in model.named_parameters():
             if "lora_B" in name:
                 values.normal_(0, 0.02 if use_rslora else 0.1 / rank**0.5)
     model.save_pretrained(folder)
-    return logits(model)
+    return logits(model), model.unload()
 
 
 def peft_adapters(lorad, base, work):
     """PEFT's adapters in lorad, and lorad's in PEFT, at three ranks, plain and rank-stabilized."""
-    plain = logits(load_model(base))
+    model = load_model(base)
+    plain = logits(model)
     for rank in (8, 16, 64):
         for use_rslora in (False, True):
             kind = f"{'rsLoRA' if use_rslora else 'LoRA'} of rank {rank}"
             theirs, out = work / f"peft-{rank}-{use_rslora}", work / f"out-{rank}-{use_rslora}"
-            expected = make_adapter(base, rank, use_rslora, theirs)
+            expected, model = make_adapter(model, rank, use_rslora, theirs)
             moved = (expected - plain).abs().max().item()
             apart = (logits_of_lorad(lorad, base, TOKENS, theirs) - expected).abs().max().item()
             check(apart < 1e-3 < 0.1 < moved, f"PEFT's {kind} in lorad: {apart:.1e} apart, it moves logits by {moved:.1f}")
             run(lorad, "export", "--base", base, "--adapter", theirs, "--output", out, "--type", "adapter")
-            again = logits(peft.PeftModel.from_pretrained(load_model(base), out / "adapter"))
-            apart = (again - expected).abs().max().item()
+            tuned = peft.PeftModel.from_pretrained(model, out / "adapter")
+            apart = (logits(tuned) - expected).abs().max().item()
+            model = tuned.unload()
             check(apart < 1e-4, f"lorad's {kind} in PEFT: {apart:.1e} apart")
 
 
