@@ -60,14 +60,18 @@ impl TokenizerFiles {
 /// that token whatever the merges say. Source: the `tokenizer.json` of each family.
 fn words(name: Option<&str>) -> Result<(&'static [&'static str], bool)> {
     const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-    const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const LLAMA3: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const QWEN2: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     match name.unwrap_or("default") {
-        "smollm" => Ok((&[r"\p{N}", GPT2], false)),
+        "smollm" | "starcoder" | "minerva-7b" => Ok((&[r"\p{N}", GPT2], false)),
         "gpt-2" => Ok((&[GPT2], false)),
         "default" => Ok((&[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], false)),
-        "llama-bpe" | "llama3" | "llama-v3" => Ok((&[LLAMA3], true)),
+        "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" => Ok((&[LLAMA3], true)),
+        "smaug-bpe" | "dbrx" => Ok((&[LLAMA3], false)),
+        "qwen2" | "deepseek-r1-qwen" | "megrez" => Ok((&[QWEN2], false)),
         other => Err(Error::Tokenizer(format!(
-            "pre-tokenizer `{}` (tokenizer.ggml.pre) cannot be written as tokenizer.json, those that can: llama-bpe, smollm, gpt-2, default",
+            "pre-tokenizer `{}` (tokenizer.ggml.pre) cannot be written as tokenizer.json, those that can: llama-bpe, smollm, gpt-2, \
+             default, qwen2, smaug-bpe, dbrx, starcoder, minerva-7b, falcon3, pixtral, megrez",
             shorten(other)
         ))),
     }
@@ -221,6 +225,9 @@ mod tests {
         let path = folder.path().join("tiny.gguf");
         TinyModel::default().write(&path).expect("written");
         assert_same(&path);
+        if let Some(data) = crate::testing::shared_data() {
+            assert_same(&data.join("stories260K.gguf"));
+        }
         match std::env::var_os("LORAD_SMOLLM2") {
             Some(path) => assert_same(Path::new(&path)),
             None => eprintln!("SKIPPED: LORAD_SMOLLM2 names no file"),
