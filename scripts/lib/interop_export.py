@@ -87,7 +87,7 @@ def merged_folder(lorad, base, work):
 
 def answer(llama_cpp, question, *arguments):
     """What llama.cpp answers in one turn at temperature 0."""
-    command = [llama_cpp / "llama-completion", *arguments, "-p", question, "-st", "--temp", "0", "-n", "40"]
+    command = [llama_cpp / "llama-completion", *arguments, "-p", question, "-st", "--temp", "0", "-n", "40", "-t", "1"]
     return run(*command, "--no-display-prompt", "--no-warmup").strip()
 
 
