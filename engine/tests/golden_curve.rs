@@ -8,9 +8,10 @@ use lorad_engine::adapter::{LoraLayout, LoraParams, peft_spec};
 use lorad_engine::data::{Dataset, Format, Report, Row, Rows};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
-use lorad_engine::spec::{LoraOptions, TrainOptions, TrainSpec, TrainingOptions};
+use lorad_engine::ops::matmul::Compute;
+use lorad_engine::spec::{ComputeType, LoraOptions, TrainOptions, TrainSpec, TrainingOptions};
 use lorad_engine::testing::TinyModel;
-use lorad_engine::train::{Start, TrainEvent, train};
+use lorad_engine::train::{Outcome, Start, StepMetrics, TrainEvent, train};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -44,7 +45,7 @@ fn golden_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft_curve")
 }
 
-fn spec(recipe: &Recipe) -> TrainSpec {
+fn spec(recipe: &Recipe, compute: ComputeType) -> TrainSpec {
     let lora = peft_spec(&golden_folder().join("start")).unwrap();
     let options = TrainOptions {
         lora: LoraOptions {
@@ -63,6 +64,7 @@ fn spec(recipe: &Recipe) -> TrainSpec {
             weight_decay: Some(recipe.weight_decay),
             max_grad_norm: Some(recipe.max_grad_norm),
             shuffle: Some(false),
+            compute: Some(compute),
             ..TrainingOptions::default()
         },
         ..TrainOptions::default()
@@ -80,10 +82,8 @@ fn norm(values: impl Iterator<Item = f32>) -> f64 {
     values.map(|value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()
 }
 
-#[test]
-fn thirty_steps_follow_pytorch_and_peft() {
-    let json = std::fs::read_to_string(golden_folder().join("curve.json")).unwrap();
-    let golden: Golden = serde_json::from_str(&json).unwrap();
+/// The run of the recipe in that type, its steps, and the model.
+fn run(golden: &Golden, compute: ComputeType) -> (Outcome, Vec<StepMetrics>, Llama) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.gguf");
     TinyModel::default().write(&path).unwrap();
@@ -96,13 +96,41 @@ fn thirty_steps_follow_pytorch_and_peft() {
     };
     let start = Start { init_from: Some(golden_folder().join("start")), ..Start::default() };
     let mut steps = Vec::new();
-    let outcome = train(&spec(&golden.recipe), &model, &dataset, start, &mut |event| {
+    let outcome = train(&spec(&golden.recipe, compute), &model, &dataset, start, &mut |event| {
         if let TrainEvent::Step(metrics) = event {
             steps.push(metrics);
         }
         ControlFlow::Continue(())
     })
     .unwrap();
+    (outcome, steps, model)
+}
+
+fn golden() -> Golden {
+    let json = std::fs::read_to_string(golden_folder().join("curve.json")).unwrap();
+    serde_json::from_str(&json).unwrap()
+}
+
+#[test]
+fn thirty_steps_in_bf16_follow_those_in_f32() {
+    let golden = golden();
+    if Compute::bf16().is_none() {
+        eprintln!("SKIPPED: this processor has no products of bf16");
+        return;
+    }
+    let (_, steps, _) = run(&golden, ComputeType::Bf16);
+    assert_eq!(steps.len(), golden.loss.len());
+    for (step, theirs) in steps.iter().zip(&golden.loss) {
+        assert!((step.loss - theirs).abs() <= 1e-2 * theirs, "step {}: {} not {theirs}", step.step, step.loss);
+    }
+    // Not by accident the f32 run again.
+    assert!(steps.iter().zip(&golden.loss).any(|(step, theirs)| (step.loss - theirs).abs() > 1e-5));
+}
+
+#[test]
+fn thirty_steps_follow_pytorch_and_peft() {
+    let golden = golden();
+    let (outcome, steps, model) = run(&golden, ComputeType::F32);
     assert!(outcome.completed);
     assert_eq!(steps.len(), golden.loss.len());
     for (index, step) in steps.iter().enumerate() {

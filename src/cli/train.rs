@@ -17,8 +17,8 @@ use lorad_engine::export::{ModelCard, Quantization, TrainingFacts, merged_lora};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{
-    DatasetFormat, DatasetOptions, EarlyStopping, GradientCheckpointing, LoraOptions, LrScheduler, Optimizer, Template,
-    TrainOn, TrainOptions, TrainSpec, TrainingOptions,
+    ComputeType, DatasetFormat, DatasetOptions, EarlyStopping, GradientCheckpointing, LoraOptions, LrScheduler,
+    Optimizer, Template, TrainOn, TrainOptions, TrainSpec, TrainingOptions,
 };
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Evaluation, Start, StepMetrics, TrainEvent};
@@ -134,6 +134,9 @@ struct TrainingArgs {
     /// Which activations are kept for the backward pass: auto, none (keep all), full (recompute) [default: auto]
     #[arg(long, value_parser = named::<GradientCheckpointing>)]
     gradient_checkpointing: Option<GradientCheckpointing>,
+    /// Type of the operands of products: auto (bf16 where the processor is fast in it, else f32), f32, bf16 [default: auto]
+    #[arg(long, value_parser = named::<ComputeType>)]
+    compute: Option<ComputeType>,
     /// Steps between evaluations of --validation [default: one at the end of each epoch]
     #[arg(long)]
     eval_steps: Option<u32>,
@@ -201,6 +204,7 @@ impl TrainArgs {
                 shuffle: training.shuffle,
                 packing: training.packing,
                 gradient_checkpointing: training.gradient_checkpointing,
+                compute: training.compute,
                 eval_steps: training.eval_steps,
                 save_steps: training.save_steps,
                 early_stopping: training.early_stopping(),

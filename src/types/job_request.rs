@@ -1,8 +1,8 @@
 //! The body of `POST /v1/fine_tuning/jobs` as it comes over the wire, before any of it is believed.
 
 use lorad_engine::spec::{
-    BASE_LEARNING_RATE, DatasetFormat, GradientCheckpointing, LrScheduler, Optimizer, Target, Template, TrainOn,
-    TrainSpec,
+    BASE_LEARNING_RATE, ComputeType, DatasetFormat, GradientCheckpointing, LrScheduler, Optimizer, Target, Template,
+    TrainOn, TrainSpec,
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
@@ -117,8 +117,10 @@ pub struct LoraFields {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingFields {
-    /// `auto` or `f32`; auto is f32.
-    pub compute: Option<String>,
+    /// Type of the operands of products: `f32`, `bf16` (an error where the processor has no instructions for it), or `auto`: bf16
+    /// where it is fast, else f32.
+    #[schema(value_type = Option<String>)]
+    pub compute: Option<ComputeType>,
     /// Optimizer steps, instead of epochs.
     pub max_steps: Option<u32>,
     /// Examples computed at once; default 2.
@@ -231,7 +233,7 @@ impl From<&TrainSpec> for TrainingFields {
     fn from(spec: &TrainSpec) -> Self {
         let training = &spec.training;
         Self {
-            compute: Some("f32".into()),
+            compute: Some(training.compute),
             max_steps: training.max_steps,
             micro_batch_size: Some(training.micro_batch_size),
             gradient_accumulation_steps: Some(training.batch_size.div_ceil(training.micro_batch_size)),

@@ -138,8 +138,6 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
         unsupported("dataset.columns", columns.is_some(), columns, "null")?;
     }
     if let Some(training) = &request.training {
-        let compute = training.compute.as_deref().unwrap_or("auto");
-        unsupported("training.compute", !matches!(compute, "auto" | "f32"), &compute, "auto or f32")?;
         unsupported("training.eval_steps", training.eval_steps.is_some(), &training.eval_steps, "null")?;
         let early_stopping = &training.early_stopping;
         unsupported("training.early_stopping", early_stopping.is_some(), early_stopping, "null")?;
@@ -244,6 +242,7 @@ fn training_options(fields: TrainingFields) -> TrainingOptions {
         shuffle: fields.shuffle,
         packing: fields.packing,
         gradient_checkpointing: fields.gradient_checkpointing,
+        compute: fields.compute,
         save_steps: fields.save_steps,
         ..TrainingOptions::default()
     }
@@ -321,7 +320,7 @@ mod tests {
             (json!({"training": {"learning_rate": -1}}), "training.learning_rate"),
             (json!({"training": {"lr_scheduler": "polynomial"}}), "training.lr_scheduler"),
             (json!({"training": {"packing": 1}}), "training.packing"),
-            (json!({"training": {"compute": "bf16"}}), "training.compute"),
+            (json!({"training": {"compute": "fp8"}}), "training.compute"),
             (json!({"training": {"early_stopping": {"patience": 3}}}), "training.early_stopping"),
             (json!({"dataset": {"format": "sharegpt"}}), "dataset.format"),
             (json!({"dataset": {"columns": {"a": "b"}}}), "dataset.columns"),

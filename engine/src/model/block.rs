@@ -5,15 +5,18 @@
 //! Backward is the same lines reversed on one tensor, the gradient of the residual stream, which each part adds to.
 //! What is kept is the least that backward needs; norm outputs and SwiGLU are computed again.
 
+use std::cell::RefCell;
+
 use candle_core::Tensor;
 
 use crate::Result;
 use crate::adapter::LoraParams;
 use crate::gguf::GgufFile;
 use crate::model::config::{Config, Shape};
-use crate::model::linear::{self, Lora, LoraBackward, Scratch};
+use crate::model::linear::{self, Lora, LoraBackward, Projection, ProjectionBackward, Scratch};
 use crate::model::weights::{self, Weight};
 use crate::ops::dropout::Dropout;
+use crate::ops::matmul::Compute;
 use crate::ops::rope::RopeTable;
 use crate::ops::{add, attention, rms_norm, swiglu, tensor};
 use crate::spec::Target;
@@ -34,7 +37,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) lora: Option<&'a LoraParams>,
     /// What of every LoRA's input is dropped; each projection has a mask of its own.
     pub(crate) dropout: Option<Dropout>,
-    pub(crate) scratch: &'a Scratch,
+    pub(crate) scratch: &'a RefCell<Scratch>,
+    pub(crate) compute: Compute,
 }
 
 /// What backward needs of a block's forward.
@@ -85,11 +89,11 @@ impl Block {
         let (q, k, v) = self.qkv(&n1, pass, &mut u)?;
         let (o, lse) = attention::forward(&q, &k, &v, cu_seqlens)?;
         let m = x.copy()?;
-        self.project(Target::OProj, &m, &o.flatten_from(1)?, 1.0, pass, &mut u)?;
+        self.project(&o.flatten_from(1)?, [(Target::OProj, &m)], true, pass, &mut u)?;
         let (n2, rstd_2) = rms_norm::forward(&m, &self.post_attention_layernorm, pass.config.rms_norm_eps)?;
         let (gate, up) = self.gate_up(&n2, pass, &mut u)?;
         let y = m.copy()?;
-        self.project(Target::DownProj, &y, &swiglu::forward(&gate, &up)?, 1.0, pass, &mut u)?;
+        self.project(&swiglu::forward(&gate, &up)?, [(Target::DownProj, &y)], true, pass, &mut u)?;
         Ok((y, Saved { x, rstd_1, q, k, v, o, lse, m, rstd_2, gate, up, u }))
     }
 
@@ -108,27 +112,30 @@ impl Block {
         let tokens = dresidual.dim(0)?;
         let needs_below =
             |below: &[Target]| !lowest || below.iter().any(|&target| gradient.pair(self.layer, target).is_some());
-        let back = |target, dy: &Tensor, x: &Tensor, dx: Option<(&Tensor, f32)>| {
-            let lora = self.lora_backward(target, x, saved, pass, gradient);
-            linear::backward(dy, &self.projections[target.index()], lora, dx, pass.scratch)
+        let back = |x: &Tensor, of_x: &[(Target, &Tensor)], dx: Option<&Tensor>| {
+            let projection = |&(target, dy): &(Target, _)| {
+                let lora = self.lora_backward(target, saved, pass, gradient);
+                ProjectionBackward { weight: &self.projections[target.index()], lora, dy }
+            };
+            let projections: Vec<ProjectionBackward<'_>> = of_x.iter().map(projection).collect();
+            linear::backward(x, &projections, dx, &mut pass.scratch.borrow_mut(), pass.compute)
         };
 
         let dh = needs_below(&Target::ALL[..6]).then(|| zeros(tokens, shape.intermediate)).transpose()?;
         let h = swiglu::forward(&saved.gate, &saved.up)?;
-        back(Target::DownProj, dresidual, &h, dh.as_ref().map(|dh| (dh, 0.0)))?;
+        back(&h, &[(Target::DownProj, dresidual)], dh.as_ref())?;
         let Some(dh) = dh else { return Ok(()) };
 
         let (dgate, dup) = swiglu::backward(&dh, &saved.gate, &saved.up)?;
         let n2 = rms_norm::recompute(&saved.m, &self.post_attention_layernorm, &saved.rstd_2)?;
         let dn2 = needs_below(&Target::ALL[..4]).then(|| zeros(tokens, shape.hidden)).transpose()?;
-        back(Target::GateProj, &dgate, &n2, dn2.as_ref().map(|dn2| (dn2, 0.0)))?;
-        back(Target::UpProj, &dup, &n2, dn2.as_ref().map(|dn2| (dn2, 1.0)))?;
+        back(&n2, &[(Target::GateProj, &dgate), (Target::UpProj, &dup)], dn2.as_ref())?;
         let Some(dn2) = dn2 else { return Ok(()) };
         rms_norm::backward_add(dresidual, &dn2, &saved.m, &self.post_attention_layernorm, &saved.rstd_2)?;
 
         let width = shape.heads * shape.head_dim;
         let dout = needs_below(&Target::ALL[..3]).then(|| zeros(tokens, width)).transpose()?;
-        back(Target::OProj, dresidual, &saved.o.flatten_from(1)?, dout.as_ref().map(|dout| (dout, 0.0)))?;
+        back(&saved.o.flatten_from(1)?, &[(Target::OProj, dresidual)], dout.as_ref())?;
         let Some(dout) = dout else { return Ok(()) };
         let dout = dout.reshape((tokens, shape.heads, shape.head_dim))?;
 
@@ -138,10 +145,8 @@ impl Block {
         pass.rope.backward(&dk)?;
         let n1 = rms_norm::recompute(&saved.x, &self.input_layernorm, &saved.rstd_1)?;
         let dn1 = (!lowest).then(|| zeros(tokens, shape.hidden)).transpose()?;
-        let first = |beta| dn1.as_ref().map(|dn1| (dn1, beta));
-        back(Target::QProj, &dq.flatten_from(1)?, &n1, first(0.0))?;
-        back(Target::KProj, &dk.flatten_from(1)?, &n1, first(1.0))?;
-        back(Target::VProj, &dv.flatten_from(1)?, &n1, first(1.0))?;
+        let (dq, dk, dv) = (dq.flatten_from(1)?, dk.flatten_from(1)?, dv.flatten_from(1)?);
+        back(&n1, &[(Target::QProj, &dq), (Target::KProj, &dk), (Target::VProj, &dv)], dn1.as_ref())?;
         match dn1 {
             None => Ok(()),
             Some(dn1) => rms_norm::backward_add(dresidual, &dn1, &saved.x, &self.input_layernorm, &saved.rstd_1),
@@ -161,10 +166,10 @@ impl Block {
         }
         let seen = position + tokens;
         let o = attention::forward_cached(&q, &cache.k.narrow(0, 0, seen)?, &cache.v.narrow(0, 0, seen)?)?;
-        self.project(Target::OProj, &x, &o.flatten_from(1)?, 1.0, pass, &mut u)?;
+        self.project(&o.flatten_from(1)?, [(Target::OProj, &x)], true, pass, &mut u)?;
         let (n2, _) = rms_norm::forward(&x, &self.post_attention_layernorm, pass.config.rms_norm_eps)?;
         let (gate, up) = self.gate_up(&n2, pass, &mut u)?;
-        self.project(Target::DownProj, &x, &swiglu::forward(&gate, &up)?, 1.0, pass, &mut u)?;
+        self.project(&swiglu::forward(&gate, &up)?, [(Target::DownProj, &x)], true, pass, &mut u)?;
         Ok(x)
     }
 
@@ -174,9 +179,7 @@ impl Block {
         let q = zeros(tokens, shape.heads * shape.head_dim)?;
         let k = zeros(tokens, shape.kv_heads * shape.head_dim)?;
         let v = zeros(tokens, shape.kv_heads * shape.head_dim)?;
-        self.project(Target::QProj, &q, n1, 0.0, pass, u)?;
-        self.project(Target::KProj, &k, n1, 0.0, pass, u)?;
-        self.project(Target::VProj, &v, n1, 0.0, pass, u)?;
+        self.project(n1, [(Target::QProj, &q), (Target::KProj, &k), (Target::VProj, &v)], false, pass, u)?;
         let heads = |x: &Tensor, heads| x.reshape((tokens, heads, shape.head_dim));
         let (q, k, v) = (heads(&q, shape.heads)?, heads(&k, shape.kv_heads)?, heads(&v, shape.kv_heads)?);
         pass.rope.forward(&q)?;
@@ -187,22 +190,26 @@ impl Block {
     fn gate_up(&self, n2: &Tensor, pass: &Pass<'_>, u: &mut [Option<Tensor>; 7]) -> Result<(Tensor, Tensor)> {
         let intermediate = pass.config.shape.intermediate;
         let (gate, up) = (zeros(n2.dim(0)?, intermediate)?, zeros(n2.dim(0)?, intermediate)?);
-        self.project(Target::GateProj, &gate, n2, 0.0, pass, u)?;
-        self.project(Target::UpProj, &up, n2, 0.0, pass, u)?;
+        self.project(n2, [(Target::GateProj, &gate), (Target::UpProj, &up)], false, pass, u)?;
         Ok((gate, up))
     }
 
-    fn project(
+    /// The projections of one input, and their u.
+    fn project<const N: usize>(
         &self,
-        target: Target,
-        out: &Tensor,
         x: &Tensor,
-        beta: f32,
+        outs: [(Target, &Tensor); N],
+        keep: bool,
         pass: &Pass<'_>,
         u: &mut [Option<Tensor>; 7],
     ) -> Result<()> {
-        let weight = &self.projections[target.index()];
-        u[target.index()] = linear::forward(out, x, weight, self.lora(target, pass), beta, pass.scratch)?;
+        let projections = outs.map(|(target, out)| {
+            (Projection { weight: &self.projections[target.index()], lora: self.lora(target, pass) }, out)
+        });
+        let us = linear::forward(x, projections, keep, pass.compute)?;
+        for ((target, _), of_target) in outs.into_iter().zip(us) {
+            u[target.index()] = of_target;
+        }
         Ok(())
     }
 
@@ -216,13 +223,12 @@ impl Block {
     fn lora_backward<'a>(
         &self,
         target: Target,
-        x: &'a Tensor,
         saved: &'a Saved,
         pass: &Pass<'a>,
         gradient: &'a LoraParams,
     ) -> Option<LoraBackward<'a>> {
         let u = saved.u[target.index()].as_ref()?;
-        Some(LoraBackward { lora: self.lora(target, pass)?, gradient: gradient.pair(self.layer, target)?, x, u })
+        Some(LoraBackward { lora: self.lora(target, pass)?, gradient: gradient.pair(self.layer, target)?, u })
     }
 }
 

@@ -1,9 +1,10 @@
-//! A frozen projection with an optional LoRA: y = W x + scale · B (A x).
+//! Frozen projections of one input, each with an optional LoRA: y = W x + scale · B (A x).
 //!
-//! Backward: with u = A x saved, dB += scale · dyᵀ u, du = scale · dy B, dA += duᵀ x, dx = dy W + du A. W is frozen.
+//! With u = A x saved, forward is one product, [x | scale · u] · [W | B]ᵀ: the LoRA's second factor costs nothing but a little
+//! depth. Backward: dB += scale · dyᵀ u, du = scale · dy B, dA += duᵀ x, and dx = [dy | du] · [W; A]. W is frozen.
 //! With dropout, D(x) stands in the place of x in u = A D(x) and in dA, and D(du A) in the place of du A: D is its own backward.
-//! Shapes: x, dx (T, in), y, dy (T, out), u, du (T, R), W (out, in) in stored blocks, dequantized into one reused buffer each
-//! time it is used.
+//! Shapes: x, dx (T, in), y, dy (T, out), u, du (T, R), W (out, in) in stored blocks. Forward dequantizes W by bands of rows, right
+//! into the packed operand; backward, which needs columns, into one reused buffer.
 
 use candle_core::Tensor;
 
@@ -12,26 +13,24 @@ use crate::adapter::LoraPair;
 use crate::model::weights::Weight;
 use crate::ops::add::add;
 use crate::ops::dropout::{self, Dropout};
-use crate::ops::host_mut;
-use crate::ops::matmul::gemm;
-use crate::ops::tensor;
+use crate::ops::matmul::{Compute, Left, Matrix, Output, add_transposed, product};
+use crate::ops::{host, host_mut, tensor};
 
 /// Where one weight at a time is dequantized to; as large as the largest.
 #[derive(Debug)]
-pub(crate) struct Scratch(Tensor);
+pub(crate) struct Scratch(Vec<f32>);
 
 impl Scratch {
     /// A buffer for weights of up to that many values.
-    pub(crate) fn new(values: usize) -> Result<Self> {
-        Ok(Self(tensor(vec![0f32; values], values)?))
+    pub(crate) fn new(values: usize) -> Self {
+        Self(vec![0f32; values])
     }
 
-    /// The weight in f32, (out, in); valid until the next one is asked for.
-    fn dequantize(&self, weight: &Weight) -> Result<Tensor> {
-        let (rows, columns) = (weight.rows(), weight.columns());
-        let view = self.0.narrow(0, 0, rows * columns)?.reshape((rows, columns))?;
-        host_mut(&view, |values| weight.dequantize_rows(0..rows, values))?;
-        Ok(view)
+    /// The weight in f32, (out, in), row-major.
+    fn dequantize(&mut self, weight: &Weight) -> Result<&[f32]> {
+        let values = &mut self.0[..weight.rows() * weight.columns()];
+        weight.dequantize_rows(0..weight.rows(), values)?;
+        Ok(values)
     }
 }
 
@@ -44,62 +43,184 @@ pub(crate) struct Lora<'a> {
     pub(crate) dropout: Option<Dropout>,
 }
 
-/// out = beta · out + W x + scale · B (A x); returns u = A x where there is a LoRA.
-pub(crate) fn forward(
-    out: &Tensor,
-    x: &Tensor,
-    weight: &Weight,
-    lora: Option<Lora<'_>>,
-    beta: f32,
-    scratch: &Scratch,
-) -> Result<Option<Tensor>> {
-    gemm(out, x, &scratch.dequantize(weight)?.t()?, 1.0, beta)?;
-    let Some(Lora { pair, scale, dropout }) = lora else { return Ok(None) };
-    let (tokens, rank) = (x.dim(0)?, pair.lora_a.dim(0)?);
-    let u = tensor(vec![0f32; tokens * rank], (tokens, rank))?;
-    gemm(&u, &dropped(x, dropout)?, &pair.lora_a.t()?, 1.0, 0.0)?;
-    gemm(out, &u, &pair.lora_b.t()?, scale, 1.0)?;
-    Ok(Some(u))
+/// One of the projections of an input.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Projection<'a> {
+    pub(crate) weight: &'a Weight,
+    pub(crate) lora: Option<Lora<'a>>,
 }
 
-/// A LoRA with what its backward needs.
+/// out = W x + scale · B (A x) for each projection of x, added to what stands in `out` where `keep`; returns u = A x of each
+/// that has a LoRA.
+pub(crate) fn forward<const N: usize>(
+    x: &Tensor,
+    projections: [(Projection<'_>, &Tensor); N],
+    keep: bool,
+    compute: Compute,
+) -> Result<[Option<Tensor>; N]> {
+    let (tokens, columns) = x.dims2()?;
+    let packed = Left::pack(Matrix::rows(&host(x)?, tokens, columns, columns), 1.0, compute);
+    let mut us = [const { None }; N];
+    for ((Projection { weight, lora }, out), u) in projections.into_iter().zip(&mut us) {
+        let lora = lora.map(|lora| forward_lora(x, &packed, lora, compute)).transpose()?;
+        let mut lefts = vec![&packed];
+        lefts.extend(lora.as_ref().map(|lora| &lora.packed));
+        host_mut(out, |values| {
+            let out = Output { values, columns: weight.rows(), alpha: 1.0, keep };
+            product(&lefts, out, &|rows, panel| {
+                panel.push_rows_with(columns, |values| weight.dequantize_rows(rows.clone(), values))?;
+                if let Some(ForwardLora { lora_b, rank, .. }) = &lora {
+                    panel.push_rows(&lora_b[rows.start * rank..rows.end * rank], *rank);
+                }
+                Ok(())
+            })
+        })?;
+        *u = lora.map(|ForwardLora { u, rank, .. }| tensor(u, (tokens, rank))).transpose()?;
+    }
+    Ok(us)
+}
+
+/// What the product of a projection takes from its LoRA.
+struct ForwardLora<'a> {
+    lora_b: crate::ops::Host<'a>,
+    rank: usize,
+    /// A x.
+    u: Vec<f32>,
+    /// scale · A x.
+    packed: Left,
+}
+
+fn forward_lora<'a>(x: &Tensor, x_packed: &Left, lora: Lora<'a>, compute: Compute) -> Result<ForwardLora<'a>> {
+    let Lora { pair: LoraPair { lora_a, lora_b }, scale, dropout } = lora;
+    let (tokens, columns) = x.dims2()?;
+    let (rank, lora_a) = (lora_a.dim(0)?, host(lora_a)?);
+    let left = match dropout {
+        None => None,
+        Some(_) => {
+            Some(Left::pack(Matrix::rows(&host(&dropped(x, dropout)?)?, tokens, columns, columns), 1.0, compute))
+        }
+    };
+    let mut u = vec![0f32; tokens * rank];
+    let out = Output { values: &mut u, columns: rank, alpha: 1.0, keep: false };
+    product(&[left.as_ref().unwrap_or(x_packed)], out, &|rows, panel| {
+        panel.push_rows(&lora_a[rows.start * columns..rows.end * columns], columns);
+        Ok(())
+    })?;
+    let packed = Left::pack(Matrix::rows(&u, tokens, rank, rank), scale, compute);
+    Ok(ForwardLora { lora_b: host(lora_b)?, rank, u, packed })
+}
+
+/// A projection's LoRA in backward.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LoraBackward<'a> {
     pub(crate) lora: Lora<'a>,
     /// Where its gradients accumulate.
     pub(crate) gradient: &'a LoraPair,
-    /// The projection's input.
-    pub(crate) x: &'a Tensor,
     /// What forward returned.
     pub(crate) u: &'a Tensor,
 }
 
-/// Accumulates the LoRA's gradients and, where `dx` is given, sets dx = beta · dx + dy W + du A.
+/// One of the projections of an input, and the gradient of its output.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ProjectionBackward<'a> {
+    pub(crate) weight: &'a Weight,
+    pub(crate) lora: Option<LoraBackward<'a>>,
+    pub(crate) dy: &'a Tensor,
+}
+
+/// Accumulates the gradients of the LoRAs of x's projections; where `dx` is given, sets it to Σ dy W + du A.
 pub(crate) fn backward(
-    dy: &Tensor,
-    weight: &Weight,
-    lora: Option<LoraBackward<'_>>,
-    dx: Option<(&Tensor, f32)>,
-    scratch: &Scratch,
+    x: &Tensor,
+    projections: &[ProjectionBackward<'_>],
+    dx: Option<&Tensor>,
+    scratch: &mut Scratch,
+    compute: Compute,
 ) -> Result<()> {
-    if let Some((dx, beta)) = dx {
-        gemm(dx, dy, &scratch.dequantize(weight)?, 1.0, beta)?;
-    }
-    let Some(LoraBackward { lora: Lora { pair, scale, dropout }, gradient, x, u }) = lora else { return Ok(()) };
-    gemm(&gradient.lora_b, &dy.t()?, u, scale, 1.0)?;
-    let du = tensor(vec![0f32; u.elem_count()], u.dims2()?)?;
-    gemm(&du, dy, &pair.lora_b, scale, 0.0)?;
-    gemm(&gradient.lora_a, &du.t()?, &dropped(x, dropout)?, 1.0, 1.0)?;
-    match (dx, dropout) {
-        (None, _) => Ok(()),
-        (Some((dx, _)), None) => gemm(dx, &du, &pair.lora_a, 1.0, 1.0),
-        (Some((dx, _)), Some(dropout)) => {
-            let through_lora = tensor(vec![0f32; x.elem_count()], x.dims2()?)?;
-            gemm(&through_lora, &du, &pair.lora_a, 1.0, 0.0)?;
-            drop_in_place(&through_lora, &dropout)?;
-            add(dx, &through_lora)
+    let (tokens, columns) = x.dims2()?;
+    for (index, &ProjectionBackward { weight, lora, dy }) in projections.iter().enumerate() {
+        if lora.is_none() && dx.is_none() {
+            continue;
+        }
+        let packed = Left::pack(Matrix::rows(&host(dy)?, tokens, weight.rows(), weight.rows()), 1.0, compute);
+        let lora = lora.map(|lora| backward_lora(x, dy, &packed, lora, compute)).transpose()?;
+        let Some(dx) = dx else { continue };
+        let weight_values = scratch.dequantize(weight)?;
+        let mut lefts = vec![&packed];
+        // Where a part of the LoRA's share is dropped, it cannot ride in the same product.
+        let (folded, apart) = lora.as_ref().map_or((None, None), |lora| match lora.dropout {
+            None => (Some(lora), None),
+            Some(dropout) => (None, Some((lora, dropout))),
+        });
+        lefts.extend(folded.map(|lora| &lora.packed));
+        host_mut(dx, |values| {
+            let out = Output { values, columns, alpha: 1.0, keep: index > 0 };
+            product(&lefts, out, &|range, panel| {
+                panel.push_columns(weight_values, columns, weight.rows(), range.start);
+                if let Some(BackwardLora { lora_a, rank, .. }) = folded {
+                    panel.push_columns(lora_a, columns, *rank, range.start);
+                }
+                Ok(())
+            })
+        })?;
+        if let Some((lora, dropout)) = apart {
+            add(dx, &lora.dropped_share(tokens, columns, dropout)?)?;
         }
     }
+    Ok(())
+}
+
+/// What the gradient of a projection's input takes from its LoRA.
+struct BackwardLora<'a> {
+    lora_a: crate::ops::Host<'a>,
+    rank: usize,
+    /// du.
+    packed: Left,
+    dropout: Option<Dropout>,
+}
+
+impl BackwardLora<'_> {
+    /// D(du A), (T, in).
+    fn dropped_share(&self, tokens: usize, columns: usize, dropout: Dropout) -> Result<Tensor> {
+        let mut share = vec![0f32; tokens * columns];
+        let out = Output { values: &mut share, columns, alpha: 1.0, keep: false };
+        product(&[&self.packed], out, &|range, panel| {
+            panel.push_columns(&self.lora_a, columns, self.rank, range.start);
+            Ok(())
+        })?;
+        dropout::apply_in_place(&mut share, 0, columns, &dropout);
+        tensor(share, (tokens, columns))
+    }
+}
+
+/// Accumulates the LoRA's gradients, sums over tokens in f32 whatever `compute` is.
+fn backward_lora<'a>(
+    x: &Tensor,
+    dy: &Tensor,
+    dy_packed: &Left,
+    LoraBackward { lora: Lora { pair, scale, dropout }, gradient, u }: LoraBackward<'a>,
+    compute: Compute,
+) -> Result<BackwardLora<'a>> {
+    let ((tokens, columns), (rows, rank)) = (x.dims2()?, pair.lora_b.dims2()?);
+    let mut du = vec![0f32; tokens * rank];
+    let lora_b = host(&pair.lora_b)?;
+    let out = Output { values: &mut du, columns: rank, alpha: scale, keep: false };
+    product(&[dy_packed], out, &|range, panel| {
+        panel.push_columns(&lora_b, rank, rows, range.start);
+        Ok(())
+    })?;
+    let x = dropped(x, dropout)?;
+    let (x, dy, u) = (host(&x)?, host(dy)?, host(u)?);
+    let u = Matrix::rows(&u, tokens, rank, rank);
+    host_mut(&gradient.lora_b, |db| {
+        add_transposed(db, Matrix::rows(&dy, tokens, rows, rows), u, scale);
+        Ok(())
+    })?;
+    let du = Matrix::rows(&du, tokens, rank, rank);
+    host_mut(&gradient.lora_a, |da| {
+        add_transposed(da, du, Matrix::rows(&x, tokens, columns, columns), 1.0);
+        Ok(())
+    })?;
+    Ok(BackwardLora { lora_a: host(&pair.lora_a)?, rank, packed: Left::pack(du, 1.0, compute), dropout })
 }
 
 /// The LoRA's input: x itself, or what dropout leaves of it.
@@ -158,18 +279,25 @@ mod tests {
         let inputs = [x, a, b];
         let expected = reference(&inputs, &dy, naive);
         let [x, lora_a, lora_b] = inputs.each_ref().map(f32);
-        let (pair, scratch) = (LoraPair { lora_a, lora_b }, Scratch::new(rows * columns).unwrap());
+        let (pair, mut scratch) = (LoraPair { lora_a, lora_b }, Scratch::new(rows * columns));
         let lora = Lora { pair: &pair, scale, dropout };
         let y = f32(&randn(&[tokens, rows]));
-        let u = forward(&y, &x, &stored, Some(lora), 0.0, &scratch).unwrap().expect("a LoRA");
+        let projection = Projection { weight: &stored, lora: Some(lora) };
+        let [u] = forward(&x, [(projection, &y)], false, Compute::F32).unwrap();
+        let u = u.expect("a LoRA");
         assert_close("y", &y, &naive(&inputs), 1e-5);
+        forward(&x, [(projection, &y)], true, Compute::F32).unwrap();
+        assert_close("y added to itself", &y, &(naive(&inputs) * 2.0).unwrap(), 1e-5);
 
-        // Gradients of parameters add to what is there, and so does dx where it is told to.
+        // Gradients of parameters add to what is there; that of the input is the sum over the projections.
         let gradient = LoraPair { lora_a: f32(&inputs[1]), lora_b: f32(&inputs[2]) };
-        let dx = f32(&begun);
-        let backward_lora = LoraBackward { lora, gradient: &gradient, x: &x, u: &u };
-        backward(&f32(&dy), &stored, Some(backward_lora), Some((&dx, 1.0)), &scratch).unwrap();
-        assert_close("dx", &dx, &(&begun + &expected[0]).unwrap(), 1e-4);
+        let (dx, dy) = (f32(&begun), f32(&dy));
+        let lora = LoraBackward { lora, gradient: &gradient, u: &u };
+        let with_lora = ProjectionBackward { weight: &stored, lora: Some(lora), dy: &dy };
+        let frozen = ProjectionBackward { lora: None, ..with_lora };
+        backward(&x, &[with_lora, frozen], Some(&dx), &mut scratch, Compute::F32).unwrap();
+        let through_frozen = dy.to_dtype(DType::F64).unwrap().matmul(&weight).unwrap();
+        assert_close("dx", &dx, &(through_frozen + &expected[0]).unwrap(), 1e-4);
         assert_close("dA", &gradient.lora_a, &(&inputs[1] + &expected[1]).unwrap(), 1e-4);
         assert_close("dB", &gradient.lora_b, &(&inputs[2] + &expected[2]).unwrap(), 1e-4);
     }

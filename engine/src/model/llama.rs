@@ -1,5 +1,6 @@
 //! The whole model: embedding, blocks, final norm, output projection; forward and backward, and token-by-token decoding.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -16,6 +17,7 @@ use crate::model::linear::Scratch;
 use crate::model::weights::{self, MappedFile, Weight};
 use crate::ops::cross_entropy::{self, Loss};
 use crate::ops::dropout::Dropout;
+use crate::ops::matmul::Compute;
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, rms_norm, tensor};
 use crate::spec::Target;
@@ -30,7 +32,7 @@ pub struct Llama {
     norm: Tensor,
     /// The output projection; `None` where it is the embedding table.
     lm_head: Option<Weight>,
-    scratch: Mutex<Scratch>,
+    scratch: Mutex<RefCell<Scratch>>,
     file: Arc<MappedFile>,
 }
 
@@ -64,6 +66,8 @@ pub struct MicroStep {
     pub kept_layers: usize,
     /// What of every LoRA's input is dropped.
     pub dropout: Option<Dropout>,
+    /// In which type the large products take their operands.
+    pub compute: Compute,
 }
 
 /// A block's activations between forward and backward.
@@ -93,7 +97,7 @@ impl Llama {
             blocks,
             norm: tensor(weights::vector(file, "output_norm.weight", shape.hidden)?, shape.hidden)?,
             lm_head,
-            scratch: Mutex::new(Scratch::new(largest.into_iter().max().unwrap_or(0))?),
+            scratch: Mutex::new(RefCell::new(Scratch::new(largest.into_iter().max().unwrap_or(0)))),
             file: Arc::clone(file.mapped()),
             config,
         })
@@ -113,7 +117,7 @@ impl Llama {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
     }
 
-    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+    fn scratch(&self) -> MutexGuard<'_, RefCell<Scratch>> {
         // The buffer is overwritten at each use: what a panicking thread left in it does not matter.
         self.scratch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -135,8 +139,14 @@ impl Llama {
     ) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
         let scratch = self.scratch();
-        let pass =
-            Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: step.dropout, scratch: &scratch };
+        let pass = Pass {
+            config: &self.config,
+            rope: &rope,
+            lora: Some(lora),
+            dropout: step.dropout,
+            scratch: &scratch,
+            compute: step.compute,
+        };
         let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
         let first_kept = self.blocks.len().saturating_sub(step.kept_layers);
         let mut kept = Vec::with_capacity(self.blocks.len());
@@ -146,7 +156,7 @@ impl Llama {
             x = y;
         }
         let (n, rstd) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
-        let (loss, dn) = cross_entropy::forward_backward(&n, self.lm_head(), &batch.labels, step.scale)?;
+        let (loss, dn) = cross_entropy::forward_backward(&n, self.lm_head(), &batch.labels, step.scale, step.compute)?;
 
         let dresidual = tensor(vec![0f32; x.elem_count()], x.dims2()?)?;
         rms_norm::backward_add(&dresidual, &dn, &x, &self.norm, &rstd)?;
@@ -165,19 +175,20 @@ impl Llama {
     ///
     /// # Errors
     /// Tokens or shapes that do not fit the model.
-    pub fn evaluate(&self, batch: &MicroBatch, lora: &LoraParams) -> Result<Loss> {
+    pub fn evaluate(&self, batch: &MicroBatch, lora: &LoraParams, compute: Compute) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
         let scratch = self.scratch();
-        let pass = Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: None, scratch: &scratch };
+        let pass =
+            Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: None, scratch: &scratch, compute };
         let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
         for block in &self.blocks {
             x = block.forward(x, &batch.cu_seqlens, &pass)?.0;
         }
         let (n, _) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
-        cross_entropy::forward(&n, self.lm_head(), &batch.labels)
+        cross_entropy::forward(&n, self.lm_head(), &batch.labels, compute)
     }
 
-    /// Logits (T, V) of every token of one sequence.
+    /// Logits (T, V) of every token of one sequence, computed in f32.
     ///
     /// # Errors
     /// A token that the model does not have.
@@ -185,13 +196,14 @@ impl Llama {
         let positions: Vec<u32> = (0..tokens.len() as u32).collect();
         let rope = self.rope(&positions);
         let scratch = self.scratch();
-        let pass = Pass { config: &self.config, rope: &rope, lora, dropout: None, scratch: &scratch };
+        let pass =
+            Pass { config: &self.config, rope: &rope, lora, dropout: None, scratch: &scratch, compute: Compute::F32 };
         let mut x = embedding::forward(&self.embed_tokens, tokens)?;
         for block in &self.blocks {
             x = block.forward(x, &[0, tokens.len()], &pass)?.0;
         }
         let (n, _) = rms_norm::forward(&x, &self.norm, self.config.rms_norm_eps)?;
-        cross_entropy::logits(&n, self.lm_head())
+        cross_entropy::logits(&n, self.lm_head(), Compute::F32)
     }
 
     /// An empty cache for up to that many tokens.
@@ -229,14 +241,15 @@ impl Llama {
         let positions: Vec<u32> = (cache.position as u32..end as u32).collect();
         let rope = self.rope(&positions);
         let scratch = self.scratch();
-        let pass = Pass { config: &self.config, rope: &rope, lora, dropout: None, scratch: &scratch };
+        let pass =
+            Pass { config: &self.config, rope: &rope, lora, dropout: None, scratch: &scratch, compute: Compute::F32 };
         let mut x = embedding::forward(&self.embed_tokens, tokens)?;
         for (block, block_cache) in self.blocks.iter().zip(&cache.blocks) {
             x = block.decode(x, block_cache, cache.position, &pass)?;
         }
         let last = x.narrow(0, tokens.len() - 1, 1)?;
         let (n, _) = rms_norm::forward(&last, &self.norm, self.config.rms_norm_eps)?;
-        let logits = cross_entropy::logits(&n, self.lm_head())?.squeeze(0)?;
+        let logits = cross_entropy::logits(&n, self.lm_head(), Compute::F32)?.squeeze(0)?;
         cache.position = end;
         Ok(logits)
     }

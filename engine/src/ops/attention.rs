@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::ops::matmul::{Matrix, gemm_values};
-use crate::ops::{bail, host, tensor};
+use crate::ops::{bail, exp, host, tensor};
 
 /// Queries computed at once: their scores against all their keys are the largest buffer.
 const QUERIES: usize = 64;
@@ -156,12 +156,8 @@ fn head_forward(
 fn softmax(scores: &mut [f32], visible: usize) -> f32 {
     let (seen, hidden) = scores.split_at_mut(visible);
     hidden.fill(0.0);
-    let max = seen.iter().fold(f32::NEG_INFINITY, |max, &score| max.max(score));
-    let mut sum = 0f32;
-    for score in seen.iter_mut() {
-        *score = (*score - max).exp();
-        sum += *score;
-    }
+    let max = exp::max(seen);
+    let sum = exp::exp_shifted(seen, max);
     let inverse = 1.0 / sum;
     seen.iter_mut().for_each(|p| *p *= inverse);
     max + sum.ln()
@@ -264,9 +260,9 @@ fn task_backward(
 
 /// Turns a row of scores into p, and the same row of dp into ds.
 fn score_gradient(scores: &mut [f32], dp: &mut [f32], visible: usize, lse: f32, delta: f32) {
-    for (p, ds) in scores[..visible].iter_mut().zip(&mut dp[..visible]) {
-        *p = (*p - lse).exp();
-        *ds = *p * (*ds - delta);
+    exp::exp_shifted(&mut scores[..visible], lse);
+    for (p, ds) in scores[..visible].iter().zip(&mut dp[..visible]) {
+        *ds = p * (*ds - delta);
     }
     scores[visible..].fill(0.0);
     dp[visible..].fill(0.0);

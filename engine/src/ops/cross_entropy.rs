@@ -10,13 +10,15 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::model::weights::Weight;
-use crate::ops::matmul::{Matrix, gemm_values};
-use crate::ops::{bail, host, tensor};
+use crate::ops::matmul::{Compute, Left, Matrix, Output, product};
+use crate::ops::{bail, exp, host, tensor};
 
 /// Label of a token without a loss.
 pub const IGNORE: i32 = -100;
 /// Bytes that the logits of one chunk may take.
-const LOGITS_BYTES: usize = 64 << 20;
+const LOGITS_BYTES: usize = 48 << 20;
+/// Probabilities that are summed in f32 before f64 takes over.
+const SUMMED_IN_F32: usize = 1024;
 /// Bytes that one dequantized band of the projection may take.
 const BAND_BYTES: usize = 8 << 20;
 
@@ -43,8 +45,14 @@ impl std::ops::AddAssign for Loss {
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub fn forward_backward(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32) -> Result<(Loss, Tensor)> {
-    let (loss, dh) = in_chunks(h, weight, labels, Some(scale), Sizes::of(weight))?;
+pub fn forward_backward(
+    h: &Tensor,
+    weight: &Weight,
+    labels: &[i32],
+    scale: f32,
+    compute: Compute,
+) -> Result<(Loss, Tensor)> {
+    let (loss, dh) = in_chunks(h, weight, labels, (Some(scale), compute), Sizes::of(weight))?;
     Ok((loss, tensor(dh, h.dims2()?)?))
 }
 
@@ -52,8 +60,8 @@ pub fn forward_backward(h: &Tensor, weight: &Weight, labels: &[i32], scale: f32)
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub fn forward(h: &Tensor, weight: &Weight, labels: &[i32]) -> Result<Loss> {
-    Ok(in_chunks(h, weight, labels, None, Sizes::of(weight))?.0)
+pub fn forward(h: &Tensor, weight: &Weight, labels: &[i32], compute: Compute) -> Result<Loss> {
+    Ok(in_chunks(h, weight, labels, (None, compute), Sizes::of(weight))?.0)
 }
 
 /// How much is computed at once.
@@ -77,7 +85,7 @@ fn in_chunks(
     h: &Tensor,
     weight: &Weight,
     labels: &[i32],
-    scale: Option<f32>,
+    (scale, compute): (Option<f32>, Compute),
     sizes: Sizes,
 ) -> Result<(Loss, Vec<f32>)> {
     let (tokens, columns) = h.dims2()?;
@@ -89,7 +97,7 @@ fn in_chunks(
     let mut dh = vec![0f32; if scale.is_some() { tokens * columns } else { 0 }];
     let mut total = Loss::default();
     let chunk_tokens = sizes.chunk_tokens.min(trained.len().max(1));
-    let mut buffers = Buffers::new(weight, chunk_tokens, sizes.band_rows);
+    let mut buffers = Buffers::new(weight, chunk_tokens, sizes.band_rows, compute);
     for chunk in trained.chunks(chunk_tokens) {
         let rows = gather(&h, chunk, columns);
         let logits = buffers.project(&rows, chunk.len())?;
@@ -114,12 +122,12 @@ fn in_chunks(
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub fn logits(h: &Tensor, weight: &Weight) -> Result<Tensor> {
+pub fn logits(h: &Tensor, weight: &Weight, compute: Compute) -> Result<Tensor> {
     let (tokens, columns) = h.dims2()?;
     if weight.columns() != columns {
         bail!("logits: hidden size {columns}, weight {:?}", weight.columns());
     }
-    let mut buffers = Buffers::new(weight, tokens, Sizes::of(weight).band_rows);
+    let mut buffers = Buffers::new(weight, tokens, 0, compute);
     buffers.project(&host(h)?, tokens)?;
     tensor(buffers.logits, (tokens, weight.rows()))
 }
@@ -127,28 +135,12 @@ pub fn logits(h: &Tensor, weight: &Weight) -> Result<Tensor> {
 /// The loss of one token; its logits become dz.
 fn token_loss(logits: &mut [f32], label: i32, scale: f32) -> Loss {
     let label = label as usize;
-    let (mut best, mut max) = (0, f32::NEG_INFINITY);
-    for (index, &logit) in logits.iter().enumerate() {
-        if logit > max {
-            (best, max) = (index, logit);
-        }
-    }
-    let target = logits[label];
-    let mut sum = 0f64;
-    for chunk in logits.chunks_mut(1024) {
-        let mut lanes = [0f32; 16];
-        for eight in chunk.chunks_mut(16) {
-            for (lane, logit) in lanes.iter_mut().zip(eight) {
-                *logit = (*logit - max).exp();
-                *lane += *logit;
-            }
-        }
-        sum += lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
-    }
+    let (max, target) = (exp::max(logits), logits[label]);
+    let sum: f64 = logits.chunks_mut(SUMMED_IN_F32).map(|part| f64::from(exp::exp_shifted(part, max))).sum();
     let factor = scale / sum as f32;
     logits.iter_mut().for_each(|p| *p *= factor);
     logits[label] -= scale;
-    Loss { sum: sum.ln() + f64::from(max) - f64::from(target), tokens: 1, correct: usize::from(best == label) }
+    Loss { sum: sum.ln() + f64::from(max) - f64::from(target), tokens: 1, correct: usize::from(target >= max) }
 }
 
 fn gather(h: &[f32], tokens: &[usize], columns: usize) -> Vec<f32> {
@@ -158,6 +150,7 @@ fn gather(h: &[f32], tokens: &[usize], columns: usize) -> Vec<f32> {
 /// Reused over the chunks of one call.
 struct Buffers<'a> {
     weight: &'a Weight,
+    compute: Compute,
     /// Dequantized rows of the projection.
     band: Vec<f32>,
     /// (tokens, V): logits, then their gradient.
@@ -167,50 +160,45 @@ struct Buffers<'a> {
 }
 
 impl<'a> Buffers<'a> {
-    fn new(weight: &'a Weight, tokens: usize, band_rows: usize) -> Self {
+    fn new(weight: &'a Weight, tokens: usize, band_rows: usize, compute: Compute) -> Self {
         Self {
             weight,
+            compute,
             band: vec![0f32; band_rows * weight.columns()],
             logits: vec![0f32; tokens * weight.rows()],
             drows: vec![0f32; tokens * weight.columns()],
         }
     }
 
-    /// Calls `use_band` with every band of rows: first row, number of rows, values.
-    fn bands(weight: &Weight, band: &mut [f32], mut use_band: impl FnMut(usize, usize, &[f32])) -> Result<()> {
-        let band_rows = band.len() / weight.columns();
-        for first in (0..weight.rows()).step_by(band_rows) {
-            let rows = band_rows.min(weight.rows() - first);
-            let values = &mut band[..rows * weight.columns()];
-            weight.dequantize_rows(first..first + rows, values)?;
-            use_band(first, rows, values);
-        }
-        Ok(())
-    }
-
     /// Logits of `tokens` rows of h.
     fn project(&mut self, h: &[f32], tokens: usize) -> Result<&mut [f32]> {
-        let (columns, vocabulary) = (self.weight.columns(), self.weight.rows());
+        let (weight, columns, vocabulary) = (self.weight, self.weight.columns(), self.weight.rows());
         let logits = &mut self.logits[..tokens * vocabulary];
-        let h = Matrix::rows(h, tokens, columns, columns);
-        Self::bands(self.weight, &mut self.band, |first, rows, values| {
-            let band = Matrix::rows(values, rows, columns, columns);
-            gemm_values(&mut logits[first..], (vocabulary, 1), (1.0, h, band.t(), 0.0), true);
+        let h = Left::pack(Matrix::rows(h, tokens, columns, columns), 1.0, self.compute);
+        let out = Output { values: logits, columns: vocabulary, alpha: 1.0, keep: false };
+        product(&[&h], out, &|rows, panel| {
+            panel.push_rows_with(columns, |values| weight.dequantize_rows(rows, values))
         })?;
         Ok(logits)
     }
 
-    /// dh of `tokens` rows from the gradient that stands in the logits.
+    /// dh of `tokens` rows from the gradient that stands in the logits, band of the vocabulary by band.
     fn project_back(&mut self, tokens: usize) -> Result<&[f32]> {
         let (columns, vocabulary) = (self.weight.columns(), self.weight.rows());
         let drows = &mut self.drows[..tokens * columns];
-        let logits = &self.logits;
-        Self::bands(self.weight, &mut self.band, |first, rows, values| {
-            let dz = Matrix::rows(&logits[first..], tokens, rows, vocabulary);
-            let band = Matrix::rows(values, rows, columns, columns);
-            let beta = if first == 0 { 0.0 } else { 1.0 };
-            gemm_values(drows, (columns, 1), (1.0, dz, band, beta), true);
-        })?;
+        let band_rows = self.band.len() / columns;
+        for first in (0..vocabulary).step_by(band_rows) {
+            let rows = band_rows.min(vocabulary - first);
+            let band = &mut self.band[..rows * columns];
+            self.weight.dequantize_rows(first..first + rows, band)?;
+            let dz = Matrix::rows(&self.logits[first..], tokens, rows, vocabulary);
+            let dz = Left::pack(dz, 1.0, self.compute);
+            let out = Output { values: drows, columns, alpha: 1.0, keep: first > 0 };
+            product(&[&dz], out, &|range, panel| {
+                panel.push_columns(band, columns, rows, range.start);
+                Ok(())
+            })?;
+        }
         Ok(drows)
     }
 }
@@ -253,27 +241,27 @@ mod tests {
         let total = naive(&h, &weight, &labels).to_scalar::<f64>().unwrap();
         for (chunk_tokens, band_rows) in [(100, 10), (2, 4), (1, 1), (3, 7)] {
             let sizes = Sizes { chunk_tokens, band_rows };
-            let (loss, dh) = in_chunks(&f32(&h), &stored, &labels, Some(0.25), sizes).unwrap();
+            let (loss, dh) = in_chunks(&f32(&h), &stored, &labels, (Some(0.25), Compute::F32), sizes).unwrap();
             let dh = tensor(dh, (tokens, columns)).unwrap();
-            assert_eq!(in_chunks(&f32(&h), &stored, &labels, None, sizes).unwrap(), (loss, Vec::new()));
+            assert_eq!(in_chunks(&f32(&h), &stored, &labels, (None, Compute::F32), sizes).unwrap(), (loss, Vec::new()));
             assert!((loss.sum - total).abs() < 1e-5 * total, "{loss:?} not {total}");
             assert_eq!(loss.tokens, 5);
             assert_close("dh", &dh, &expected[0], 1e-4);
             let dh: Vec<Vec<f32>> = dh.to_vec2().unwrap();
             assert!(dh[0].iter().chain(&dh[5]).all(|&d| d == 0.0), "a token without a label has no gradient");
         }
-        let logits = logits(&f32(&h), &stored).unwrap();
+        let logits = logits(&f32(&h), &stored, Compute::F32).unwrap();
         assert_close("logits", &logits, &h.matmul(&weight.t().unwrap()).unwrap(), 1e-5);
     }
 
     #[test]
     fn no_label_at_all_is_no_loss_and_no_gradient() {
         let stored = Weight::from_bytes(&[0; 4 * 12], BlockType::F32, (3, 4)).unwrap();
-        let (loss, dh) = forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 2], 1.0).unwrap();
+        let (loss, dh) = forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 2], 1.0, Compute::F32).unwrap();
         assert_eq!(loss, Loss::default());
         assert_eq!(dh.to_vec2::<f32>().unwrap(), [[0.0; 4]; 2]);
-        assert!(forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 3], 1.0).is_err());
-        assert!(logits(&f32(&randn(&[2, 5])), &stored).is_err());
+        assert!(forward_backward(&f32(&randn(&[2, 4])), &stored, &[IGNORE; 3], 1.0, Compute::F32).is_err());
+        assert!(logits(&f32(&randn(&[2, 5])), &stored, Compute::F32).is_err());
     }
 
     #[test]
@@ -281,7 +269,7 @@ mod tests {
         let identity: Vec<u8> = (0..9).flat_map(|i| f32::from(u8::from(i % 4 == 0)).to_le_bytes()).collect();
         let stored = Weight::from_bytes(&identity, BlockType::F32, (3, 3)).unwrap();
         let h = Tensor::new(&[[5f32, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 5.0]], &Device::Cpu).unwrap();
-        let (loss, _) = forward_backward(&h, &stored, &[0, 2, 2], 1.0).unwrap();
+        let (loss, _) = forward_backward(&h, &stored, &[0, 2, 2], 1.0, Compute::F32).unwrap();
         assert_eq!((loss.tokens, loss.correct), (3, 2));
     }
 }

@@ -11,6 +11,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
+mod exp;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;

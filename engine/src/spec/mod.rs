@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 
 pub use dataset::{DatasetFormat, DatasetOptions, DatasetSpec, Template, TrainOn};
 pub use lora::{LoraOptions, LoraSpec, Target};
-pub use training::{EarlyStopping, GradientCheckpointing, LrScheduler, Optimizer, TrainingOptions, TrainingSpec};
+pub use training::{
+    ComputeType, EarlyStopping, GradientCheckpointing, LrScheduler, Optimizer, TrainingOptions, TrainingSpec,
+};
 
 /// A hyperparameter that cannot be used: which one, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -43,6 +43,19 @@ pub enum Optimizer {
     AdamW8bit,
 }
 
+/// In which type the large products take their operands; sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputeType {
+    /// bf16 where the processor multiplies it faster than f32 (AVX512-BF16), else f32; decided once a run.
+    #[default]
+    Auto,
+    /// As activations and dequantized weights are.
+    F32,
+    /// Rounded to bf16; an error where the processor has no instructions for it.
+    Bf16,
+}
+
 /// When a run ends before its last step: the validation loss has not fallen for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -94,6 +107,8 @@ pub struct TrainingOptions {
     pub packing: Option<bool>,
     /// Which activations are kept.
     pub gradient_checkpointing: Option<GradientCheckpointing>,
+    /// Type of the operands of products.
+    pub compute: Option<ComputeType>,
     /// Steps between evaluations; `None`: one at the end of each epoch, where there is a validation data set.
     pub eval_steps: Option<u32>,
     /// Steps between listed checkpoints; `None`: one at the end of each epoch.
@@ -134,6 +149,8 @@ pub struct TrainingSpec {
     pub packing: bool,
     /// Which activations are kept. Default auto.
     pub gradient_checkpointing: GradientCheckpointing,
+    /// Type of the operands of products. Default auto.
+    pub compute: ComputeType,
     /// Steps between evaluations on the validation data set, which it needs; `None`: one at the end of each epoch, where there
     /// is one. The last step is always followed by one.
     pub eval_steps: Option<u32>,
@@ -187,6 +204,7 @@ pub(super) fn resolve(options: &TrainOptions) -> Result<TrainingSpec, SpecError>
         shuffle: training.shuffle.unwrap_or(true),
         packing: training.packing.unwrap_or(true),
         gradient_checkpointing: training.gradient_checkpointing.unwrap_or_default(),
+        compute: training.compute.unwrap_or_default(),
         eval_steps: training.eval_steps,
         save_steps: training.save_steps,
         early_stopping: training.early_stopping,

@@ -19,6 +19,7 @@ use crate::adapter::LoraLayout;
 use crate::data::Dataset;
 use crate::files::write_atomically_with;
 use crate::model::Llama;
+use crate::ops::matmul::Compute;
 use crate::ops::{Host, host, tensor};
 use crate::spec::{Optimizer, TrainSpec};
 use crate::{Error, Result};
@@ -52,6 +53,8 @@ pub(super) struct Header {
     /// Blocks that keep their activations, decided once a run.
     pub(super) kept_layers: usize,
     pub(super) optimizer: Optimizer,
+    /// Type of the operands of products, decided once a run.
+    pub(super) compute: Compute,
     /// The best evaluation so far, where early stopping looks for it.
     pub(super) best: Option<Best>,
 }
@@ -220,8 +223,9 @@ pub(super) fn run_digest(
 
 impl Header {
     /// Of a run before its first step.
-    pub(super) fn new(run: &str, kept_layers: usize, optimizer: Optimizer) -> Self {
-        Self { format: FORMAT, step: 0, trained_tokens: 0, run: run.to_owned(), kept_layers, optimizer, best: None }
+    pub(super) fn new(run: &str, kept_layers: usize, optimizer: Optimizer, compute: Compute) -> Self {
+        let run = run.to_owned();
+        Self { format: FORMAT, step: 0, trained_tokens: 0, run, kept_layers, optimizer, compute, best: None }
     }
 }
 
@@ -238,7 +242,7 @@ mod tests {
     fn checkpoint(optimizer: Optimizer, best: bool) -> Checkpoint {
         let layout = layout();
         let values = |from: f32| tensor((0..layout.len()).map(|i| i as f32 / from).collect(), layout.len()).unwrap();
-        let mut header = Header::new("run", 1, optimizer);
+        let mut header = Header::new("run", 1, optimizer, Compute::F32);
         (header.step, header.trained_tokens) = (5, 678);
         header.best = best.then_some(Best { step: 3, loss: 0.1, since: 2 });
         let moments = Moments::zeros(optimizer, &layout).unwrap();

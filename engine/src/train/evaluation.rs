@@ -9,6 +9,7 @@ use crate::adapter::LoraParams;
 use crate::data::Dataset;
 use crate::model::Llama;
 use crate::ops::cross_entropy::Loss;
+use crate::ops::matmul::Compute;
 use crate::spec::{EarlyStopping, SpecError, TrainSpec};
 use crate::{Error, Result};
 
@@ -62,13 +63,13 @@ pub(super) fn evaluate(
     spec: &TrainSpec,
     model: &Llama,
     validation: &Dataset,
-    (lora, step): (&LoraParams, u32),
+    (lora, compute, step): (&LoraParams, Compute, u32),
     on_event: &mut dyn FnMut(TrainEvent<'_>) -> ControlFlow<()>,
 ) -> Result<(Evaluation, ControlFlow<()>)> {
     let rows: Vec<usize> = (0..validation.rows.len()).collect();
     let (mut loss, mut flow, mut done) = (Loss::default(), ControlFlow::Continue(()), 0);
     for rows in rows.chunks(spec.training.micro_batch_size.max(1) as usize) {
-        loss += model.evaluate(&micro_batch(validation, rows, spec.training.packing)?, lora)?;
+        loss += model.evaluate(&micro_batch(validation, rows, spec.training.packing)?, lora, compute)?;
         done += rows.len();
         if on_event(TrainEvent::Evaluating { step, rows: done, total_rows: validation.rows.len() }).is_break() {
             flow = ControlFlow::Break(());

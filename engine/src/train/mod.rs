@@ -141,7 +141,8 @@ pub fn train(
         let (step, epoch) = (metrics.step, loader.steps_per_epoch());
         let mut stop = ControlFlow::Continue(());
         if let Some(validation) = validation.filter(|_| is_due(step, eval_steps, epoch) || step == total_steps) {
-            let (evaluation, said) = evaluation::evaluate(spec, model, validation, (&state.lora, step), on_event)?;
+            let (evaluation, said) =
+                evaluation::evaluate(spec, model, validation, (&state.lora, state.compute(), step), on_event)?;
             state.judge(spec, &evaluation)?;
             (metrics.evaluation, stop) = (Some(evaluation), said);
         }

@@ -15,7 +15,8 @@ use crate::ops::adamw::{self, Update};
 use crate::ops::cross_entropy::Loss;
 use crate::ops::dropout::Dropout;
 use crate::ops::host;
-use crate::spec::{GradientCheckpointing, SpecError, TrainSpec};
+use crate::ops::matmul::Compute;
+use crate::spec::{ComputeType, GradientCheckpointing, SpecError, TrainSpec};
 use crate::{Error, Result};
 
 /// A run between two steps.
@@ -37,6 +38,19 @@ fn cannot_begin(error: Error) -> Error {
     }
 }
 
+/// What `auto` means on this processor.
+fn compute(wanted: ComputeType) -> Result<Compute> {
+    match (wanted, Compute::bf16()) {
+        (ComputeType::F32, _) | (ComputeType::Auto, None) => Ok(Compute::F32),
+        (ComputeType::Auto | ComputeType::Bf16, Some(bf16)) => Ok(bf16),
+        (ComputeType::Bf16, None) => {
+            let field = "training.compute";
+            let message = format!("{field} must be auto or f32 on a processor without AVX512-BF16, got `bf16`");
+            Err(Error::Spec(SpecError { field, message }))
+        }
+    }
+}
+
 impl State {
     pub(super) fn new(spec: &TrainSpec, model: &Llama, start: Start<'_>, run: &str) -> Result<Self> {
         let layout = LoraLayout::new(&spec.lora, &model.config().shape);
@@ -44,6 +58,10 @@ impl State {
         if let Some(checkpoint) = start.resume {
             if checkpoint.header.run != run || !checkpoint.fits(&layout) {
                 let message = "it belongs to a run with another specification, model or data set";
+                return Err(Error::Checkpoint(message.to_owned()));
+            }
+            if checkpoint.header.compute == Compute::Bf16 && Compute::bf16().is_none() {
+                let message = "its run computes in bf16, which this processor has no instructions for";
                 return Err(Error::Checkpoint(message.to_owned()));
             }
             let lora = LoraParams::new(layout, checkpoint.parameters.clone())?;
@@ -60,13 +78,18 @@ impl State {
             Some(folder) => lora.load_peft(&folder).map_err(cannot_begin)?,
             None => lora.initialise(spec.seed)?,
         }
-        let header = Header::new(run, kept_layers, spec.training.optimizer);
+        let header = Header::new(run, kept_layers, spec.training.optimizer, compute(spec.training.compute)?);
         Ok(Self { checkpoint: Checkpoint { header, parameters, moments, best: None }, lora, gradient })
     }
 
     /// Steps done.
     pub(super) fn step(&self) -> u32 {
         self.checkpoint.header.step
+    }
+
+    /// Type of the operands of products.
+    pub(super) fn compute(&self) -> Compute {
+        self.checkpoint.header.compute
     }
 
     /// Tokens that had a loss so far.
@@ -94,12 +117,13 @@ impl State {
             rows.iter().map(|rows| micro_batch(dataset, rows, spec.training.packing)).collect::<Result<_>>()?;
         // Known before the first micro-batch: the loss is a mean over the whole batch, not a mean of means.
         let step_tokens: usize = batches.iter().map(MicroBatch::trained_tokens).sum();
-        let (scale, kept_layers) = (1.0 / step_tokens.max(1) as f32, self.checkpoint.header.kept_layers);
+        let scale = 1.0 / step_tokens.max(1) as f32;
+        let Header { kept_layers, compute, .. } = self.checkpoint.header;
         self.gradient.clear()?;
         let mut loss = Loss::default();
         for (number, batch) in (0..).zip(&batches) {
             let dropout = Dropout::new(spec.lora.dropout, &[spec.seed, index.into(), number]);
-            let micro_step = MicroStep { scale, kept_layers, dropout };
+            let micro_step = MicroStep { scale, kept_layers, dropout, compute };
             loss += model.forward_backward(batch, &self.lora, &self.gradient, micro_step)?;
         }
         let mean = loss.sum / loss.tokens.max(1) as f64;

@@ -1,18 +1,53 @@
-//! Matrix product with own output, strides and beta: out = alpha · a b + beta · out.
+//! Matrix products with own output, strides and beta, f32 accumulation.
 //!
-//! Shapes: a (M, K), b (K, N), out (M, N), any strides; storage and accumulation f32. Backward is the same function:
-//! da = dout bᵀ and db = aᵀ dout, written into or added to the caller's buffer.
-//!
-//! On the CPU it calls the `gemm` crate directly: with AVX-512 it is about twice candle's own matmul, which also always
-//! allocates and cannot accumulate. Work is split over rows and columns, never over K, so that the result does not depend on
-//! the number of threads.
-#![expect(unsafe_code, reason = "the gemm crate takes raw pointers; bounds are checked before each call")]
+//! Two ways lead here. [`gemm`] and [`gemm_values`] take views of any strides and call the `gemm` crate: for small products and
+//! odd layouts. [`product()`] and [`add_transposed()`] are for the large ones of training, where weights are unpacked from their
+//! blocks straight into the order in which the kernel reads them: own kernels (`kernel`), in f32 or bf16, on packed operands
+//! (`pack`). Each element is one sum in the order of k, so that no result depends on the number of threads; it does depend on
+//! the processor's instruction set.
+#![expect(
+    unsafe_code,
+    reason = "the kernels and the gemm crate take raw pointers; bounds are checked before each call"
+)]
+
+mod kernel;
+mod pack;
+mod product;
 
 use candle_core::{CpuStorage, Layout, Storage, Tensor};
 use gemm::Parallelism;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use pack::Left;
+pub(crate) use product::{Output, add_transposed, product};
 
 use crate::Result;
 use crate::ops::bail;
+
+/// The type of a product's operands; sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    /// As they are stored.
+    F32,
+    /// Rounded to bf16, where the processor multiplies pairs of it: ask [`Compute::bf16`].
+    Bf16,
+}
+
+impl Compute {
+    /// bf16, where this processor has instructions for it.
+    pub fn bf16() -> Option<Self> {
+        (kernel::level() == kernel::Level::Avx512Bf16).then_some(Self::Bf16)
+    }
+
+    /// Lanes that a depth of k values takes.
+    fn lanes(self, k: usize) -> usize {
+        match self {
+            Self::F32 => k,
+            Self::Bf16 => k.div_ceil(2),
+        }
+    }
+}
 
 /// A strided matrix over borrowed values.
 #[derive(Clone, Copy)]
@@ -123,49 +158,4 @@ fn matrix<'a>(storage: &'a Storage, layout: &Layout) -> Result<Matrix<'a>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use candle_core::{Device, Tensor};
-
-    use super::*;
-
-    fn close(left: &Tensor, right: &Tensor) -> f32 {
-        (left - right).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
-    }
-
-    #[test]
-    fn product_of_views_accumulates_into_a_view() {
-        let device = Device::Cpu;
-        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (33, 17, 65), (64, 48, 16), (5, 3, 0)] {
-            let a = Tensor::randn(0f32, 1.0, (k, m), &device).unwrap().t().unwrap();
-            let b = Tensor::randn(0f32, 1.0, (n, k), &device).unwrap().t().unwrap();
-            let buffer = Tensor::randn(0f32, 1.0, (m + 2, n), &device).unwrap();
-            let out = buffer.narrow(0, 1, m).unwrap();
-            let before = buffer.copy().unwrap();
-            let product = if k == 0 {
-                Tensor::zeros((m, n), candle_core::DType::F32, &device).unwrap()
-            } else {
-                a.contiguous().unwrap().matmul(&b.contiguous().unwrap()).unwrap()
-            };
-            let expected = ((product * 0.5).unwrap() + (before.narrow(0, 1, m).unwrap() * 2.0).unwrap()).unwrap();
-            gemm(&out, &a, &b, 0.5, 2.0).unwrap();
-            assert!(close(&out, &expected) < 1e-4, "{m} {n} {k}");
-            assert_eq!(close(&buffer.narrow(0, 0, 1).unwrap(), &before.narrow(0, 0, 1).unwrap()), 0.0);
-            assert_eq!(close(&buffer.narrow(0, m + 1, 1).unwrap(), &before.narrow(0, m + 1, 1).unwrap()), 0.0);
-        }
-    }
-
-    #[test]
-    fn beta_0_overwrites_even_nan() {
-        let one = Tensor::ones((2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let out = Tensor::full(f32::NAN, (2, 2), &Device::Cpu).unwrap().contiguous().unwrap();
-        gemm(&out, &one, &one, 1.0, 0.0).unwrap();
-        assert_eq!(out.to_vec2::<f32>().unwrap(), [[2.0, 2.0], [2.0, 2.0]]);
-    }
-
-    #[test]
-    fn shapes_that_do_not_fit_are_refused() {
-        let make = |rows, columns| Tensor::zeros((rows, columns), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(gemm(&make(2, 2), &make(2, 3), &make(2, 2), 1.0, 0.0).is_err());
-        assert!(gemm(&make(2, 3), &make(2, 3), &make(3, 2), 1.0, 0.0).is_err());
-    }
-}
+mod tests;
