@@ -22,6 +22,7 @@ fn main() -> lorad_engine::Result<()> {
     };
     let number = |at: usize, default: usize| arguments.get(at).and_then(|text| text.parse().ok()).unwrap_or(default);
     let (rows, tokens, rank, repeats) = (number(1, 4), number(2, 256), number(3, 16), number(4, 5));
+    lorad_engine::allocator::keep_freed_memory();
     let model = Llama::load(&GgufFile::open(Path::new(path))?)?;
     let bf16 = arguments.last().is_some_and(|last| last == "bf16");
     let compute = if bf16 { Compute::bf16().expect("a processor with products of bf16") } else { Compute::F32 };

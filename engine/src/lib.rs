@@ -1,6 +1,7 @@
 //! LoRA training on quantized Llama-family models: forward and backward by hand, no autograd, no server.
 
 pub mod adapter;
+pub mod allocator;
 pub mod data;
 mod error;
 pub mod export;

@@ -224,6 +224,7 @@ impl TrainArgs {
 /// # Errors
 /// Anything that keeps the adapter from being made, said so that the user knows what to change.
 pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
+    lorad_engine::allocator::keep_freed_memory();
     let spec = TrainSpec::resolve(&args.options()?)?;
     let (name, path) = args.model.resolve()?;
     let file = GgufFile::open(&path)?;

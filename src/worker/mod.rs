@@ -60,6 +60,7 @@ impl Progress {
 /// # Errors
 /// Anything that is not the job's own fault; the server then makes another attempt.
 pub fn run(options: Options) -> anyhow::Result<()> {
+    lorad_engine::allocator::keep_freed_memory();
     let mut token = String::new();
     std::io::stdin().read_line(&mut token).context("cannot read the token from stdin")?;
     let token = token.trim();

@@ -4,6 +4,8 @@
 //! [k][column], put together segment by segment along k. A lane is one f32 or a pair of bf16 (see `kernel`); a segment of odd
 //! depth ends in a pair with a zero.
 
+use std::cell::Cell;
+
 use rayon::prelude::*;
 
 use super::kernel::{COLUMNS, ROWS, VECTOR};
@@ -21,6 +23,17 @@ pub(crate) struct Left {
     compute: Compute,
 }
 
+thread_local! {
+    /// The lanes of the last [`Left`] that this thread dropped, for the next one: what stands in them is overwritten.
+    static SPARE: Cell<Option<Vec<u32>>> = const { Cell::new(None) };
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        SPARE.set(Some(std::mem::take(&mut self.lanes)));
+    }
+}
+
 impl Left {
     /// Packs scale · x, x being row-major: its columns become the depth.
     ///
@@ -31,8 +44,12 @@ impl Left {
         assert!(x.strides.1 == 1 || columns <= 1, "columns do not lie side by side");
         assert!(super::span(x.shape, x.strides) <= x.values.len(), "left matrix reaches beyond its values");
         let depth = compute.lanes(columns);
-        let mut lanes = vec![0; rows.div_ceil(ROWS) * (depth * ROWS + SLACK)];
-        lanes.par_chunks_mut(depth * ROWS + SLACK).enumerate().for_each(|(panel, lanes)| {
+        let count = rows.div_ceil(ROWS) * (depth * ROWS + SLACK);
+        let mut lanes = SPARE.take().unwrap_or_default();
+        if lanes.len() < count {
+            lanes.resize(count, 0);
+        }
+        lanes[..count].par_chunks_mut(depth * ROWS + SLACK).enumerate().for_each(|(panel, lanes)| {
             let first = panel * ROWS;
             let mut sources = [&[][..]; VECTOR];
             for (row, source) in sources.iter_mut().enumerate().take(ROWS.min(rows - first)) {
