@@ -8,6 +8,7 @@ pub mod export;
 mod files;
 pub mod generate;
 pub mod gguf;
+mod jinja;
 pub mod model;
 pub mod ops;
 pub mod quant;

@@ -44,7 +44,7 @@ fn a_sentence_piece_model_learns_and_answers_without_a_stray_space() {
     let (outcome, losses) = trained(&file, &model, Template::Auto);
     assert!(losses[11] < 0.7 * losses[0], "{losses:?}");
     let tokenizer = Tokenizer::from_gguf(&file).unwrap();
-    let template = ChatTemplate::for_model(Template::Auto, &tokenizer).unwrap();
+    let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).unwrap();
     let prompt = chat_prompt(&[Message::new(Role::User, "tell ann a thing")], &template, &tokenizer).unwrap();
     assert_eq!(prompt.iter().filter(|&&id| id == tokenizer.bos().unwrap()).count(), 1);
     let spec = GenerateSpec { max_tokens: 20, temperature: 0.0, top_p: 1.0, seed: 1 };

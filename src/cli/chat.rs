@@ -26,8 +26,8 @@ pub struct ChatArgs {
     /// PEFT folder
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Prompt text, as in training: auto (the model's own chat template), alpaca
-    #[arg(long, value_name = "NAME", value_parser = super::named::<Template>, default_value = "auto")]
+    /// Prompt text, as in training: auto (the model's own chat template), alpaca, a Jinja text, or @FILE that holds one
+    #[arg(long, value_parser = super::dataset::template, default_value = "auto")]
     template: Template,
     /// What to say
     #[arg(long, value_name = "TEXT")]
@@ -67,7 +67,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
     let lora = args.adapter.as_deref().map(|folder| load_adapter(folder, &model)).transpose()?;
-    let template = ChatTemplate::for_model(args.template, &tokenizer)?;
+    let template = ChatTemplate::for_model(&args.template, &tokenizer)?;
     let spec =
         GenerateSpec { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let mut messages: Vec<Message> = args.system.iter().map(|system| Message::new(Role::System, system)).collect();

@@ -153,7 +153,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let lora = chat::load_adapter(&args.adapter, &model)
         .with_context(|| format!("cannot export {}", args.adapter.display()))?;
     // A base without a template, or one that is broken, can be exported nevertheless.
-    let template = ChatTemplate::for_model(Template::Auto, &tokenizer).ok();
+    let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).ok();
     let (name, base_model) = (args.name(), hub_name(&base_name));
     let card = ModelCard { name: &name, base_model: &base_model, lora: lora.layout().spec(), training: None };
     let tuned = Tuned {

@@ -1,6 +1,7 @@
 //! One file a command.
 
 pub mod chat;
+pub mod dataset;
 pub mod export;
 pub mod logits;
 pub mod openapi;

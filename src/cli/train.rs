@@ -12,17 +12,18 @@ use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lorad_engine::adapter::{LoraParams, peft_spec};
-use lorad_engine::data::{self, Report};
+use lorad_engine::data;
 use lorad_engine::export::{ModelCard, Quantization, TrainingFacts, merged_lora};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{
-    ComputeType, DatasetFormat, DatasetOptions, EarlyStopping, GradientCheckpointing, LoraOptions, LrScheduler,
-    Optimizer, Template, TrainOn, TrainOptions, TrainSpec, TrainingOptions,
+    ComputeType, EarlyStopping, GradientCheckpointing, LoraOptions, LrScheduler, Optimizer, TrainOptions, TrainSpec,
+    TrainingOptions,
 };
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Evaluation, Start, StepMetrics, TrainEvent};
 
+use super::dataset::{DatasetArgs, describe, list_bad_rows, untrained_texts, write_untrained};
 use super::{ModelArgs, export, named, stop_on_ctrl_c};
 
 const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
@@ -39,7 +40,7 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(60);
 pub struct TrainArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Data set: JSON array or JSONL, alpaca or chat
+    /// Data set: JSON array or JSONL
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Data set to evaluate at the end of each epoch, or every --eval-steps, and at the end
@@ -163,20 +164,6 @@ impl TrainingArgs {
     }
 }
 
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Data set")]
-struct DatasetArgs {
-    /// Row layout: auto, alpaca, chat [default: auto]
-    #[arg(long, value_parser = named::<DatasetFormat>)]
-    format: Option<DatasetFormat>,
-    /// Prompt text: auto (the model's own chat template), alpaca [default: auto]
-    #[arg(long, value_parser = named::<Template>)]
-    template: Option<Template>,
-    /// Which tokens have a loss: completions, all [default: completions]
-    #[arg(long, value_parser = named::<TrainOn>)]
-    train_on: Option<TrainOn>,
-}
-
 impl TrainArgs {
     fn options(&self) -> anyhow::Result<TrainOptions> {
         let (training, dataset) = (&self.training, &self.dataset);
@@ -209,7 +196,7 @@ impl TrainArgs {
                 save_steps: training.save_steps,
                 early_stopping: training.early_stopping(),
             },
-            dataset: DatasetOptions { format: dataset.format, template: dataset.template, train_on: dataset.train_on },
+            dataset: dataset.options(),
             ..TrainOptions::default()
         };
         if let Some(folder) = &self.init_from {
@@ -239,6 +226,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         anyhow::Ok(dataset)
     };
     let dataset = read(&args.data, &spec, "train on")?;
+    write_untrained(&mut std::io::stderr(), &untrained_texts(&file, &tokenizer, &dataset.report)?)?;
     let validation = args.validation.as_ref().map(|path| read(path, &spec, "evaluate")).transpose()?;
     let start = Start {
         resume: resume_point(args)?,
@@ -308,35 +296,6 @@ fn resume_point(args: &TrainArgs) -> anyhow::Result<Option<Checkpoint>> {
         (true, _) => Ok(Some(Checkpoint::load(&path)?)),
         (false, true) => bail!("{} is there already: add --resume to go on from it, or remove it", path.display()),
         (false, false) => Ok(None),
-    }
-}
-
-/// All that was found wrong with a data set, a line each: the error itself names the first row only.
-fn list_bad_rows(error: &lorad_engine::Error) {
-    let lorad_engine::Error::Dataset(error) = error else { return };
-    let Some(report) = error.report() else { return };
-    for row in &report.bad_rows {
-        eprintln!("{row}");
-    }
-    let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
-    if unlisted > 0 {
-        eprintln!("… and {unlisted} more");
-    }
-}
-
-fn describe(report: &Report) {
-    eprintln!(
-        "{} rows, {} tokens, {} of them trained, longest row {}",
-        report.rows, report.tokens, report.trained_tokens, report.longest
-    );
-    if report.truncated_rows > 0 {
-        eprintln!("warning: {} rows were cut to max_seq_length", report.truncated_rows);
-    }
-    if report.dropped_rows > 0 {
-        eprintln!("warning: {} rows were left out: nothing to train on was left of them", report.dropped_rows);
-    }
-    for (field, rows) in &report.ignored_fields {
-        eprintln!("warning: the field `{field}` of {rows} rows was not looked at");
     }
 }
 

@@ -1,8 +1,8 @@
 //! The body of `POST /v1/fine_tuning/jobs` as it comes over the wire, before any of it is believed.
 
 use lorad_engine::spec::{
-    BASE_LEARNING_RATE, ComputeType, DatasetFormat, GradientCheckpointing, LrScheduler, Optimizer, Target, Template,
-    TrainOn, TrainSpec,
+    BASE_LEARNING_RATE, Columns, ComputeType, DatasetFormat, GradientCheckpointing, LrScheduler, Optimizer, Target,
+    Template, TrainOn, TrainSpec,
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;
@@ -163,13 +163,12 @@ pub struct TrainingFields {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetFields {
-    /// `auto`, `alpaca` or `chat`.
+    /// `auto`, `alpaca`, `sharegpt`, `chat`, `completion` or `text`.
     #[schema(value_type = Option<String>)]
     pub format: Option<DatasetFormat>,
-    /// Must be null: other column names are not supported yet.
-    #[schema(value_type = Option<Object>)]
-    pub columns: Option<Value>,
-    /// `auto` (the model's own chat template) or `alpaca`.
+    /// The file's names for fields of the format, `{"instruction": "question", "output": "answer"}` for one.
+    pub columns: Option<Columns>,
+    /// `auto` (the model's own chat template), `alpaca`, or a chat template as Jinja text.
     #[schema(value_type = Option<String>)]
     pub template: Option<Template>,
     /// `completions` or `all`.
@@ -258,8 +257,8 @@ impl From<&TrainSpec> for DatasetFields {
     fn from(spec: &TrainSpec) -> Self {
         Self {
             format: Some(spec.dataset.format),
-            columns: None,
-            template: Some(spec.dataset.template),
+            columns: Some(spec.dataset.columns.clone()).filter(|columns| !columns.is_empty()),
+            template: Some(spec.dataset.template.clone()),
             train_on: Some(spec.dataset.train_on),
         }
     }

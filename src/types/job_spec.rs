@@ -134,9 +134,6 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
     if let Some(LoraFields { init_from, .. }) = &request.lora {
         unsupported("lora.init_from", init_from.is_some(), init_from, "null")?;
     }
-    if let Some(DatasetFields { columns, .. }) = &request.dataset {
-        unsupported("dataset.columns", columns.is_some(), columns, "null")?;
-    }
     if let Some(training) = &request.training {
         unsupported("training.eval_steps", training.eval_steps.is_some(), &training.eval_steps, "null")?;
         let early_stopping = &training.early_stopping;
@@ -215,7 +212,7 @@ fn with_auto(given: HyperparametersRequest) -> HyperparametersRequest {
 
 fn options(request: &JobRequest, hyperparameters: HyperparametersRequest) -> TrainOptions {
     let LoraFields { r, alpha, dropout, use_rslora, target_modules, .. } = request.lora.clone().unwrap_or_default();
-    let DatasetFields { format, template, train_on, .. } = request.dataset.clone().unwrap_or_default();
+    let DatasetFields { format, columns, template, train_on } = request.dataset.clone().unwrap_or_default();
     TrainOptions {
         seed: request.seed,
         n_epochs: hyperparameters.n_epochs.and_then(AutoOr::value),
@@ -223,7 +220,7 @@ fn options(request: &JobRequest, hyperparameters: HyperparametersRequest) -> Tra
         learning_rate_multiplier: hyperparameters.learning_rate_multiplier.and_then(AutoOr::value),
         lora: LoraOptions { r, alpha, dropout, use_rslora, target_modules },
         training: training_options(request.training.clone().unwrap_or_default()),
-        dataset: DatasetOptions { format, template, train_on },
+        dataset: DatasetOptions { format, columns, template, train_on },
     }
 }
 
@@ -322,7 +319,11 @@ mod tests {
             (json!({"training": {"packing": 1}}), "training.packing"),
             (json!({"training": {"compute": "fp8"}}), "training.compute"),
             (json!({"training": {"early_stopping": {"patience": 3}}}), "training.early_stopping"),
-            (json!({"dataset": {"format": "sharegpt"}}), "dataset.format"),
+            (json!({"dataset": {"format": "dpo"}}), "dataset.format"),
+            (json!({"dataset": {"template": "llama3"}}), "dataset.template"),
+            (json!({"dataset": {"template": "{% if %}"}}), "dataset.template"),
+            (json!({"dataset": {"columns": {"instruction": 5}}}), "dataset.columns.instruction"),
+            (json!({"dataset": {"format": "text", "columns": {"instruction": "question"}}}), "dataset.columns"),
             (json!({"dataset": {"columns": {"a": "b"}}}), "dataset.columns"),
             (json!({"method": {"type": "dpo", "dpo": {}}}), "method.type"),
             (json!({"method": {"kind": "supervised"}}), "method.kind"),
@@ -364,6 +365,21 @@ mod tests {
             let of_rust = ["Some(", "Number(", "Object ", "String("];
             assert!(!of_rust.iter().any(|word| message.contains(word)), "no JSON: {message}");
         }
+    }
+
+    #[test]
+    fn a_data_set_may_name_its_columns_and_bring_its_template() {
+        let template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}";
+        let columns = json!({"instruction": "question", "output": "answer"});
+        let spec = JobSpec::parse(&request(json!({"dataset": {"columns": columns, "template": template}})));
+        let spec = spec.expect("a good request");
+        let shown = serde_json::to_value(DatasetFields::from(&spec.train)).expect("JSON");
+        assert_eq!(
+            shown,
+            json!({"format": "alpaca", "columns": columns, "template": template, "train_on": "completions"})
+        );
+        let stored = serde_json::to_string(&spec).expect("a spec is JSON");
+        assert_eq!(serde_json::from_str::<JobSpec>(&stored).expect("and reads back"), spec);
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub(super) fn of_engine(error: lorad_engine::Error, ours: &Ours) -> anyhow::Resu
             Err(error.into())
         }
         Error::Dataset(error) => {
-            let events = error.report().map(findings).unwrap_or_default();
+            let events = error.report().map(|report| findings(report, &[])).unwrap_or_default();
             let param = Some("training_file".to_owned());
             Ok(Finish::Failed { code: error.code().to_owned(), message, param, events })
         }
@@ -67,8 +67,9 @@ pub(super) fn of_hub(error: hub::Error) -> anyhow::Result<Finish> {
     Ok(failed(code, error.to_string(), Some("model")))
 }
 
-/// What the owner of a data set should know about it: every listed bad row, and what was cut or left out.
-pub(super) fn findings(report: &Report) -> Vec<WorkerEvent> {
+/// What the owner of a data set should know about it: every listed bad row, what was cut or left out, and which of its special
+/// tokens the base model never learnt.
+pub(super) fn findings(report: &Report, untrained_tokens: &[String]) -> Vec<WorkerEvent> {
     let mut findings: Vec<(Level, String, Option<serde_json::Value>)> =
         report.bad_rows.iter().map(|row| (Level::Error, row.to_string(), serde_json::to_value(row).ok())).collect();
     let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
@@ -80,6 +81,7 @@ pub(super) fn findings(report: &Report) -> Vec<WorkerEvent> {
     for (count, what) in [
         (report.truncated_rows, "row(s) are longer than max_seq_length and were cut"),
         (report.dropped_rows, "row(s) were left out: nothing to train on was left of them after the cut"),
+        (report.duplicates.rows, "row(s) repeat an earlier one"),
     ] {
         if count > 0 {
             findings.push((Level::Warn, format!("{count} {what}"), None));
@@ -87,6 +89,13 @@ pub(super) fn findings(report: &Report) -> Vec<WorkerEvent> {
     }
     for (field, count) in &report.ignored_fields {
         findings.push((Level::Warn, format!("the field `{field}` of {count} row(s) was not looked at"), None));
+    }
+    if !untrained_tokens.is_empty() {
+        let message = format!(
+            "the base model never learnt {}, which the rows use: with a base that is no chat model, take dataset.template alpaca",
+            untrained_tokens.join(", ")
+        );
+        findings.push((Level::Warn, message, None));
     }
     let event = |(worker_seq, (level, message, data))| WorkerEvent {
         worker_seq,

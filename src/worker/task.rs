@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use lorad_engine::data;
 use lorad_engine::gguf::GgufFile;
-use lorad_engine::model::Llama;
+use lorad_engine::model::{Llama, untrained_tokens};
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
 use tokio::sync::{mpsc, oneshot};
@@ -107,10 +107,16 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
         artifacts::check(&inputs.task, &base, &tokenizer)?;
         let context_length = llama.config().context_length;
         let mut on_progress = || progress.made();
-        data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, context_length, &mut on_progress)
+        let report =
+            data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, context_length, &mut on_progress)?;
+        let untrained = untrained_tokens(&base, &report.control_tokens)?.into_iter();
+        let untrained = untrained.filter_map(|id| tokenizer.token_text(id)).map(str::to_owned).collect::<Vec<_>>();
+        Ok((report, untrained))
     });
     Ok(match report.await? {
-        Ok(report) => Finish::Succeeded { trained_tokens: None, events: failure::findings(&report) },
+        Ok((report, untrained)) => {
+            Finish::Succeeded { trained_tokens: None, events: failure::findings(&report, &untrained) }
+        }
         Err(error) => failure::of_engine(error, &ours)?,
     })
 }

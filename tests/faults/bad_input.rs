@@ -120,3 +120,27 @@ async fn a_model_that_is_not_there_is_refused_at_once_or_fails_the_job() {
     let error = failure(&home, &file, json!({"model": "hf:nobody/nothing/nowhere.gguf"})).await;
     assert_error(&error, "model_not_found", "model", &["hf:nobody/nothing/nowhere.gguf"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_and_a_template_of_the_callers_are_used_or_named() {
+    let home = Home::start(&[]).await;
+    let row = |index: u32| json!({"question": format!("What is {index}?"), "answer": format!("It is {index}.")});
+    let file = home.upload((0..20).map(|index| format!("{}\n", row(index))).collect::<String>()).await;
+    let columns = json!({"instruction": "question", "output": "answer"});
+    let dataset = |template: &str, columns: &Value| {
+        json!({"dataset": {"columns": columns, "template": template}, "training": {"max_steps": 1},
+            "artifacts": [{"type": "adapter"}]})
+    };
+    let good = "{% for m in messages %}{{ m.content ~ (eos_token if m.role == 'assistant' else ' > ') }}{% endfor %}";
+    let id = home.create(&file, dataset(good, &columns)).await;
+    let job = home.finished(&id).await;
+    assert_eq!(job["status"], "succeeded", "{job}");
+    assert_eq!((&job["dataset"]["columns"], &job["dataset"]["format"]), (&columns, &json!("alpaca")), "{job}");
+
+    let unmasked = "{% for m in messages %}{{ loop.revindex ~ m.content ~ eos_token }}{% endfor %}";
+    let error = failure(&home, &file, dataset(unmasked, &columns)).await;
+    assert_error(&error, "invalid_hyperparameters", "dataset.template", &["line 1 of the data set", "train_on all"]);
+    let typo = json!({"instruction": "question", "output": "answer", "input": "contxt"});
+    let error = failure(&home, &file, dataset("auto", &typo)).await;
+    assert_error(&error, "invalid_training_file", "training_file", &["`contxt`", "input"]);
+}

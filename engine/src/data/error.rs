@@ -26,11 +26,19 @@ pub enum DatasetError {
     NothingToTrain(Box<Report>),
     /// The keys of the first rows are those of no format.
     #[error(
-        "cannot tell the format of the rows, {found}; supported: alpaca (keys instruction, output and optionally input), chat (key messages)"
+        "cannot tell the format of the rows, {found}; supported: chat (key messages), sharegpt (conversations), alpaca (instruction, output and optionally input), completion (prompt, completion), text (text)"
     )]
     UnknownFormat {
         /// What was found instead.
         found: String,
+    },
+    /// A column that the caller named stands in no row.
+    #[error("dataset.columns names the column `{column}` for {field}, but no row has it")]
+    NoSuchColumn {
+        /// The format's name of the field.
+        field: String,
+        /// The column's name.
+        column: String,
     },
     /// The file could not be read.
     #[error("{}: {message}", path.display())]
@@ -47,9 +55,12 @@ impl DatasetError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::TooFewRows { .. } => "invalid_n_examples",
-            Self::Empty | Self::BadRows(_) | Self::NothingToTrain(_) | Self::UnknownFormat { .. } | Self::Io { .. } => {
-                "invalid_training_file"
-            }
+            Self::Empty
+            | Self::BadRows(_)
+            | Self::NothingToTrain(_)
+            | Self::UnknownFormat { .. }
+            | Self::NoSuchColumn { .. }
+            | Self::Io { .. } => "invalid_training_file",
         }
     }
 
@@ -57,7 +68,11 @@ impl DatasetError {
     pub fn report(&self) -> Option<&Report> {
         match self {
             Self::BadRows(report) | Self::NothingToTrain(report) => Some(report),
-            Self::Empty | Self::TooFewRows { .. } | Self::UnknownFormat { .. } | Self::Io { .. } => None,
+            Self::Empty
+            | Self::TooFewRows { .. }
+            | Self::UnknownFormat { .. }
+            | Self::NoSuchColumn { .. }
+            | Self::Io { .. } => None,
         }
     }
 }

@@ -5,40 +5,37 @@ mod cache;
 mod encode;
 mod error;
 mod format;
-mod jinja;
 mod judge;
+mod preview;
 mod reader;
 mod report;
+mod tally;
 mod template;
 #[cfg(test)]
 mod tests;
+mod tool_text;
 
-use std::fs::File;
-use std::io::BufReader;
+use std::ops::ControlFlow;
 use std::path::Path;
-
-use rayon::prelude::*;
 
 pub use batch::{Loader, MicroBatch, NO_LABEL};
 pub use cache::Rows;
 pub use encode::chat_prompt;
 pub use error::DatasetError;
-pub use report::{BadRow, BadRowCode, Format, LISTED_BAD_ROWS, Report};
+pub use preview::{Preview, PreviewRow, PreviewToken, preview};
+pub use report::{BadRow, BadRowCode, Format, LISTED_BAD_ROWS, LengthBin, Repeats, Report};
+pub use tally::RowHashes;
 pub use template::{ChatTemplate, Message, Role};
 
-use crate::spec::{DatasetFormat, TrainSpec};
+use crate::Result;
+use crate::spec::TrainSpec;
 use crate::tokenizer::Tokenizer;
-use crate::{Error, Result};
 use cache::RowWriter;
-use encode::EncodeError;
-use judge::{Judge, JudgedRow, ParsedRow};
-use reader::{RawRow, RowReader};
+use judge::Judge;
+use tally::Tally;
 
 /// Rows that a training needs, as OpenAI has it.
 pub const MIN_ROWS: u64 = 10;
-/// Rows that are judged at once, and the bytes after which a batch of them is full before that.
-const BATCH_ROWS: usize = 256;
-const BATCH_BYTES: usize = 32 << 20;
 
 /// A row in tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -79,8 +76,9 @@ pub struct Dataset {
 /// the folder `scratch`, which have no names and go with the data set.
 ///
 /// # Errors
-/// [`Error::Io`] where the rows cannot be kept, [`Error::Dataset`] where it cannot be trained on, [`Error::Template`] and [`Error::Tokenizer`] where the model's own
-/// template or tokenizer is at fault, [`Error::Spec`] for a row length above the model's.
+/// [`crate::Error::Io`] where the rows cannot be kept, [`crate::Error::Dataset`] where it cannot be trained on,
+/// [`crate::Error::Template`] and [`crate::Error::Tokenizer`] where the model's own template or tokenizer is at fault,
+/// [`crate::Error::Spec`] for a row length above the model's or a template of the caller's that is at fault.
 pub fn prepare(
     path: &Path,
     spec: &TrainSpec,
@@ -90,8 +88,9 @@ pub fn prepare(
     on_progress: &mut dyn FnMut(),
 ) -> Result<Dataset> {
     let mut rows = RowWriter::new(scratch, tokenizer.vocab_size())?;
-    let report = read(path, spec, tokenizer, context_length, &mut |row| rows.push(row), on_progress)?;
-    Ok(Dataset { rows: rows.finish()?, report: check(report)? })
+    let mut keep = |row: &Row| rows.push(row);
+    let (report, _) = read(path, spec, tokenizer, context_length, None, &mut keep, on_progress)?;
+    Ok(Dataset { rows: rows.finish()?, report: report.verdict(MIN_ROWS)? })
 }
 
 /// The same reading as [`prepare`], for its report: nothing is kept in memory.
@@ -105,7 +104,23 @@ pub fn validate(
     context_length: usize,
     on_progress: &mut dyn FnMut(),
 ) -> Result<Report> {
-    check(read(path, spec, tokenizer, context_length, &mut |_| Ok(()), on_progress)?)
+    Ok(survey(path, spec, tokenizer, context_length, None, on_progress)?.0.verdict(MIN_ROWS)?)
+}
+
+/// The report on a data set, also on one that cannot be trained on ([`Report::verdict`] says so), and what tells its rows
+/// apart. For a validation file, `training` are the rows of the training file: the report counts those that stand in both.
+///
+/// # Errors
+/// As [`prepare`], but for the verdict.
+pub fn survey(
+    path: &Path,
+    spec: &TrainSpec,
+    tokenizer: &Tokenizer,
+    context_length: usize,
+    training: Option<&RowHashes>,
+    on_progress: &mut dyn FnMut(),
+) -> Result<(Report, RowHashes)> {
+    read(path, spec, tokenizer, context_length, training, &mut |_| Ok(()), on_progress)
 }
 
 fn read(
@@ -113,111 +128,23 @@ fn read(
     spec: &TrainSpec,
     tokenizer: &Tokenizer,
     context_length: usize,
+    training: Option<&RowHashes>,
     keep: &mut dyn FnMut(&Row) -> Result<()>,
     on_progress: &mut dyn FnMut(),
-) -> Result<Report> {
+) -> Result<(Report, RowHashes)> {
     let max_seq_length = spec.max_seq_length(context_length)?;
-    let template = ChatTemplate::for_model(spec.dataset.template, tokenizer)?;
-    let judge = Judge { template, tokenizer, train_on: spec.dataset.train_on, max_seq_length };
-    let io_error = |error: std::io::Error| DatasetError::Io { path: path.to_owned(), message: error.to_string() };
-    let file = File::open(path).map_err(io_error)?;
-    let mut reader = RowReader::new(BufReader::with_capacity(1 << 18, file));
-
-    let mut format = match spec.dataset.format {
-        DatasetFormat::Auto => None,
-        DatasetFormat::Alpaca => Some(Format::Alpaca),
-        DatasetFormat::Chat => Some(Format::Chat),
-    };
-    let mut report = Report::default();
-    loop {
-        let raw = next_rows(&mut reader).map_err(io_error)?;
-        if raw.is_empty() {
-            break;
-        }
-        let parsed: Vec<ParsedRow> = raw.into_par_iter().map(ParsedRow::new).collect();
-        if format.is_none() {
-            let objects = parsed.iter().filter_map(|row| row.object.as_ref().ok());
-            format = format::detect(objects).transpose().map_err(|found| DatasetError::UnknownFormat { found })?;
-        }
-        report.format = format;
-        let judged: Vec<JudgedRow> = parsed.into_par_iter().map(|row| judge.judge(row, format)).collect();
+    let judge = Judge::new(&spec.dataset, tokenizer, max_seq_length)?;
+    let mut tally = Tally::new(tokenizer, max_seq_length, training);
+    judge.judge_file(path, &mut |format, judged| {
         for row in judged {
-            add_row(&mut report, row, max_seq_length, keep)?;
+            if let Some(row) = tally.add(row, format).map_err(|error| judge.blame(error))? {
+                keep(&row)?;
+            }
         }
         on_progress();
-    }
-    Ok(report)
-}
-
-/// The next rows of a file, some at a time so that the file is never in memory as a whole.
-fn next_rows<R: std::io::BufRead>(reader: &mut RowReader<R>) -> std::io::Result<Vec<RawRow>> {
-    let (mut rows, mut bytes) = (Vec::new(), 0);
-    while rows.len() < BATCH_ROWS && bytes < BATCH_BYTES {
-        let Some(row) = reader.next().transpose()? else { break };
-        bytes += row.text.as_ref().map_or(0, Vec::len);
-        rows.push(row);
-    }
-    Ok(rows)
-}
-
-fn add_row(
-    report: &mut Report,
-    judged: JudgedRow,
-    max_seq_length: usize,
-    keep: &mut dyn FnMut(&Row) -> Result<()>,
-) -> Result<()> {
-    let JudgedRow { line, row, ignored, tokens } = judged;
-    report.rows += 1;
-    for name in ignored {
-        report.add_ignored_field(name);
-    }
-    let mut tokens = match tokens {
-        Ok(tokens) => tokens,
-        Err(EncodeError::Row(problem)) => {
-            report.add_bad_row(problem.at(line, row));
-            return Ok(());
-        }
-        Err(EncodeError::Fatal(Error::Template(message))) => {
-            return Err(Error::Template(format!("{message} (seen at line {line} of the data set)")));
-        }
-        Err(EncodeError::Fatal(error)) => return Err(error),
-    };
-    report.longest = report.longest.max(tokens.tokens.len() as u64);
-    if tokens.tokens.len() > max_seq_length {
-        report.truncated_rows += 1;
-        tokens.truncate(max_seq_length);
-    }
-    let trained = tokens.trained_tokens() as u64;
-    if trained == 0 {
-        report.dropped_rows += 1;
-        return Ok(());
-    }
-    report.tokens += tokens.tokens.len() as u64;
-    report.trained_tokens += trained;
-    // Nothing is trained on a file with a bad row.
-    if report.bad_row_count == 0 { keep(&tokens) } else { Ok(()) }
-}
-
-/// The verdict on the whole file.
-fn check(report: Report) -> Result<Report> {
-    if report.rows == 0 {
-        return Err(DatasetError::Empty.into());
-    }
-    if report.bad_row_count > 0 {
-        return Err(DatasetError::BadRows(Box::new(report)).into());
-    }
-    if report.rows < MIN_ROWS {
-        return Err(DatasetError::TooFewRows { rows: report.rows, needed: MIN_ROWS }.into());
-    }
-    if report.trained_tokens == 0 {
-        return Err(DatasetError::NothingToTrain(Box::new(report)).into());
-    }
-    if report.dropped_rows > 0 {
-        tracing::warn!(
-            rows = report.dropped_rows,
-            max_seq_length_cut = report.truncated_rows,
-            "rows left out, their answer lies beyond max_seq_length"
-        );
-    }
-    Ok(report)
+        Ok(ControlFlow::Continue(()))
+    })?;
+    let (mut report, rows) = tally.finish();
+    report.missing_columns = judge.missing_columns();
+    Ok((report, rows))
 }

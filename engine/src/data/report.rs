@@ -5,8 +5,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::DatasetError;
+use crate::spec::DatasetFormat;
+
 /// Bad rows that a report lists; all are counted.
 pub const LISTED_BAD_ROWS: usize = 100;
+/// Repeated rows that a report lists; all are counted.
+const LISTED_REPEATS: usize = 100;
 /// Names of ignored fields that a report lists.
 const LISTED_FIELDS: usize = 100;
 
@@ -14,10 +19,16 @@ const LISTED_FIELDS: usize = 100;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// `instruction`, optional `input`, `output`.
+    /// `instruction`, optional `input` and `system`, `output`.
     Alpaca,
-    /// OpenAI's `messages: [{role, content}]`.
+    /// `conversations: [{from, value}]`, optional `system` and `tools`.
+    Sharegpt,
+    /// OpenAI's `messages: [{role, content}]`, optional `tools`.
     Chat,
+    /// `prompt`, `completion`.
+    Completion,
+    /// `text`.
+    Text,
 }
 
 impl Format {
@@ -25,7 +36,22 @@ impl Format {
     pub fn name(self) -> &'static str {
         match self {
             Self::Alpaca => "alpaca",
+            Self::Sharegpt => "sharegpt",
             Self::Chat => "chat",
+            Self::Completion => "completion",
+            Self::Text => "text",
+        }
+    }
+
+    /// The format that a caller named; `None` where it is to be found out.
+    pub(super) fn named(format: DatasetFormat) -> Option<Self> {
+        match format {
+            DatasetFormat::Auto => None,
+            DatasetFormat::Alpaca => Some(Self::Alpaca),
+            DatasetFormat::Sharegpt => Some(Self::Sharegpt),
+            DatasetFormat::Chat => Some(Self::Chat),
+            DatasetFormat::Completion => Some(Self::Completion),
+            DatasetFormat::Text => Some(Self::Text),
         }
     }
 }
@@ -54,16 +80,20 @@ pub enum BadRowCode {
     UnsupportedField,
     /// The row is of another format than the rows before it.
     MixedFormat,
-    /// A message's role is not system, user or assistant.
+    /// A message's role is none that the format knows.
     UnknownRole,
+    /// A text holds a run of white space that is too long to be tokenized.
+    TooMuchWhiteSpace,
     /// No assistant message is to be trained on.
     NoAssistantMessage,
     /// The conversation begins with the assistant, so that there is nothing to answer.
     NoPrompt,
     /// The last message is not the assistant's.
     LastMessageNotAssistant,
-    /// The model's chat template refuses the row.
+    /// The chat template refuses the row, or leaves some of it out.
     TemplateRefused,
+    /// The tokenizer gives up on a text of the row.
+    TokenizerRefused,
 }
 
 /// A row that cannot be used.
@@ -90,6 +120,33 @@ impl fmt::Display for BadRow {
     }
 }
 
+/// Rows of some length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LengthBin {
+    /// Tokens that they do not exceed; those of the bin before are counted there.
+    pub up_to: u64,
+    /// How many rows.
+    pub rows: u64,
+}
+
+/// Rows that were seen before.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Repeats {
+    /// How many.
+    pub rows: u64,
+    /// The lines at which the first 100 of them begin.
+    pub lines: Vec<u64>,
+}
+
+impl Repeats {
+    pub(super) fn add(&mut self, line: u64) {
+        self.rows += 1;
+        if self.lines.len() < LISTED_REPEATS {
+            self.lines.push(line);
+        }
+    }
+}
+
 /// What was found in a data set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -101,12 +158,26 @@ pub struct Report {
     pub tokens: u64,
     /// Those of them that have a loss.
     pub trained_tokens: u64,
+    /// Tokens that half of the rows do not exceed, before truncation.
+    pub p50: u64,
+    /// Tokens that 95% of the rows do not exceed, before truncation.
+    pub p95: u64,
     /// Tokens of the longest row before truncation.
     pub longest: u64,
+    /// Rows by their tokens before truncation, up to the longest; each bin is twice as wide as the one before.
+    pub histogram: Vec<LengthBin>,
     /// Rows cut at max_seq_length.
     pub truncated_rows: u64,
     /// Rows left out because nothing to train was left of them after the cut.
     pub dropped_rows: u64,
+    /// Rows whose tokens are those of an earlier row.
+    pub duplicates: Repeats,
+    /// Rows whose tokens are those of a row of the training file; only in the report on a validation file.
+    pub overlap: Option<Repeats>,
+    /// Ids of the control tokens in the first 256 rows.
+    pub control_tokens: Vec<u32>,
+    /// Columns that the caller named and no row has: the format's name of the field, and the column's.
+    pub missing_columns: BTreeMap<String, String>,
     /// Rows that cannot be used.
     pub bad_row_count: u64,
     /// The first 100 of them.
@@ -117,6 +188,36 @@ pub struct Report {
 }
 
 impl Report {
+    /// The verdict on the whole file: the report itself where the file can be used.
+    ///
+    /// # Errors
+    /// No rows, rows that cannot be used, a column that no row has, fewer rows than `needed_rows`, or nothing to train.
+    pub fn verdict(self, needed_rows: u64) -> Result<Self, DatasetError> {
+        if self.rows == 0 {
+            return Err(DatasetError::Empty);
+        }
+        if self.bad_row_count > 0 {
+            return Err(DatasetError::BadRows(Box::new(self)));
+        }
+        if let Some((field, column)) = self.missing_columns.first_key_value() {
+            return Err(DatasetError::NoSuchColumn { field: field.clone(), column: column.clone() });
+        }
+        if self.rows < needed_rows {
+            return Err(DatasetError::TooFewRows { rows: self.rows, needed: needed_rows });
+        }
+        if self.trained_tokens == 0 {
+            return Err(DatasetError::NothingToTrain(Box::new(self)));
+        }
+        if self.dropped_rows > 0 {
+            tracing::warn!(
+                rows = self.dropped_rows,
+                max_seq_length_cut = self.truncated_rows,
+                "rows left out, their answer lies beyond max_seq_length"
+            );
+        }
+        Ok(self)
+    }
+
     pub(super) fn add_bad_row(&mut self, row: BadRow) {
         self.bad_row_count += 1;
         if self.bad_rows.len() < LISTED_BAD_ROWS {

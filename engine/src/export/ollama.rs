@@ -69,7 +69,7 @@ impl Family {
             let (before, after) = match message.role {
                 Role::System => self.system,
                 Role::User if open => ("", self.user.1),
-                Role::User => self.user,
+                Role::User | Role::Tool => self.user,
                 Role::Assistant => self.assistant,
             };
             open = self.system_opens_user && message.role == Role::System;
@@ -143,7 +143,7 @@ fn find_family(template: &ChatTemplate, bos: &str, eos: &str) -> Option<Found> {
     let (system, question) = (Message::new(Role::System, "Syst"), Message::new(Role::User, "Quest"));
     let turns = [question.clone(), Message::new(Role::Assistant, "Answ"), Message::new(Role::User, "More")];
     let render = |messages: &[Message]| {
-        let text = template.render(messages, true).ok()?;
+        let text = template.render(messages, &[], true).ok()?;
         Some(text.strip_prefix(bos).map(str::to_owned).unwrap_or(text))
     };
     let plain = render(std::slice::from_ref(&question))?;
@@ -213,12 +213,12 @@ mod tests {
         crate::testing::TinyModel::default().write(&path).expect("written");
         let file = crate::gguf::GgufFile::open(&path).expect("our own file");
         let tokenizer = Tokenizer::from_gguf(&file).expect("a tokenizer");
-        let alpaca = ChatTemplate::for_model(crate::spec::Template::Alpaca, &tokenizer).expect("it has an EOS");
+        let alpaca = ChatTemplate::for_model(&crate::spec::Template::Alpaca, &tokenizer).expect("it has an EOS");
         let text = modelfile("model.gguf", &tokenizer, Some(&alpaca));
         assert!(text.contains("### Response:\n{{ .Content }}<|im_end|>{{ end }}"), "{text}");
         assert!(text.contains("SYSTEM \"\"\"Below is an instruction that describes a task."), "{text}");
 
-        let own = ChatTemplate::for_model(crate::spec::Template::Auto, &tokenizer).expect("its own");
+        let own = ChatTemplate::for_model(&crate::spec::Template::Auto, &tokenizer).expect("its own");
         let text = modelfile("model.gguf", &tokenizer, Some(&own));
         let expected = "FROM ./model.gguf\n\n# ChatML\nTEMPLATE \"\"\"{{- range .Messages }}{{ if eq .Role \"system\" }}<|im_start|>system\n\
             {{ .Content }}<|im_end|>\n{{ else if eq .Role \"user\" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n\

@@ -324,7 +324,7 @@ mod tests {
             TinyModel::default().write(&path).unwrap();
             let base = GgufFile::open(&path).unwrap();
             let (model, tokenizer) = (Llama::load(&base).unwrap(), Tokenizer::from_gguf(&base).unwrap());
-            let template = ChatTemplate::for_model(Template::Auto, &tokenizer).unwrap();
+            let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).unwrap();
             let lora = random_lora(&model.config().shape, 4).unwrap();
             Self { folder, base, model, tokenizer, template, lora }
         }

@@ -4,8 +4,10 @@ mod block;
 mod config;
 mod linear;
 mod llama;
+mod untrained;
 pub mod weights;
 
 pub(crate) use block::gguf_name;
 pub use config::{Config, Shape};
 pub use llama::{KvCache, Llama, MicroStep};
+pub use untrained::untrained_tokens;

@@ -10,7 +10,7 @@ mod training;
 
 use serde::{Deserialize, Serialize};
 
-pub use dataset::{DatasetFormat, DatasetOptions, DatasetSpec, Template, TrainOn};
+pub use dataset::{Columns, DatasetFormat, DatasetOptions, DatasetSpec, Template, TrainOn};
 pub use lora::{LoraOptions, LoraSpec, Target};
 pub use training::{
     ComputeType, EarlyStopping, GradientCheckpointing, LrScheduler, Optimizer, TrainingOptions, TrainingSpec,
@@ -86,7 +86,7 @@ impl TrainSpec {
             n_epochs,
             lora: lora::resolve(&options.lora)?,
             training: training::resolve(options)?,
-            dataset: dataset::resolve(&options.dataset),
+            dataset: dataset::resolve(&options.dataset)?,
         })
     }
 

@@ -63,6 +63,8 @@ pub struct Metadata {
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.tool_use`.
+    pub tool_use_template: Option<String>,
 }
 
 impl Metadata {
@@ -89,6 +91,7 @@ impl Metadata {
             add_bos: file.bool("tokenizer.ggml.add_bos_token")?,
             add_space_prefix: file.bool("tokenizer.ggml.add_space_prefix")?,
             chat_template: string("tokenizer.chat_template")?,
+            tool_use_template: string("tokenizer.chat_template.tool_use")?,
         })
     }
 }
@@ -135,6 +138,7 @@ pub struct Tokenizer {
     adds_bos: bool,
     stop_tokens: Vec<u32>,
     chat_template: Option<String>,
+    tool_use_template: Option<String>,
 }
 
 impl Tokenizer {
@@ -183,6 +187,7 @@ impl Tokenizer {
             adds_bos: metadata.add_bos.unwrap_or(adds_bos) && bos.is_some(),
             stop_tokens,
             chat_template: metadata.chat_template,
+            tool_use_template: metadata.tool_use_template,
         })
     }
 
@@ -284,6 +289,11 @@ impl Tokenizer {
     /// The model's chat template, a Jinja text.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
+    }
+
+    /// The model's chat template for conversations in which functions can be called, where it has one of its own for them.
+    pub fn tool_use_template(&self) -> Option<&str> {
+        self.tool_use_template.as_deref()
     }
 
     /// How many tokens there are.

@@ -1,5 +1,7 @@
 //! Which tokens have a loss, template by template.
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::spec::Template;
 use crate::spec::TrainOn;
@@ -8,27 +10,10 @@ fn messages(turns: &[(Role, &str)]) -> Vec<Message> {
     turns.iter().map(|&(role, content)| Message::new(role, content)).collect()
 }
 
-/// The row as text, trained tokens in brackets.
-fn marked(tokenizer: &Tokenizer, row: &Row) -> String {
-    let mut text = String::new();
-    let mut inside = false;
-    for (&id, &trained) in row.tokens.iter().zip(&row.trained) {
-        if trained != inside {
-            text.push(if trained { '[' } else { ']' });
-            inside = trained;
-        }
-        text.push_str(std::str::from_utf8(tokenizer.token_bytes(id)).expect("ASCII in these tests"));
-    }
-    if inside {
-        text.push(']');
-    }
-    text
-}
-
 fn encode(template: &str, add_bos: bool, messages: &[Message], train_on: TrainOn) -> Result<String, EncodeError> {
     let tokenizer = tokenizer(Some(template), add_bos);
-    let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
-    encode::encode_row(messages, &template, &tokenizer, train_on, 4096).map(|row| marked(&tokenizer, &row))
+    let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).expect("compiles");
+    encode_messages(messages, &template, &tokenizer, train_on, 4096).map(|row| marked(&tokenizer, &row))
 }
 
 fn encoded(template: &str, add_bos: bool, messages: &[Message]) -> String {
@@ -91,12 +76,11 @@ fn llama3_has_one_bos_whether_the_tokenizer_or_the_template_writes_it() {
 fn training_sees_the_tokens_that_generation_starts_from() {
     for (template, add_bos) in [(CHATML, false), (LLAMA3, true)] {
         let tokenizer = tokenizer(Some(template), add_bos);
-        let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
+        let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).expect("compiles");
         // An answer that begins with line breaks: with the prompt's own they would make one token.
         let conversation =
             messages(&[(Role::User, "q1"), (Role::Assistant, "\n\n\na1"), (Role::User, "q2"), (Role::Assistant, "a2")]);
-        let row =
-            encode::encode_row(&conversation, &template, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
+        let row = encode_messages(&conversation, &template, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
         for asked in [1, 3] {
             let prompt = chat_prompt(&conversation[..asked], &template, &tokenizer).expect("encodes");
             assert_eq!(row.tokens[..prompt.len()], prompt);
@@ -112,9 +96,9 @@ fn what_lies_beyond_the_cut_is_counted_but_not_taken_apart() {
         conversation.extend(messages(&[(Role::User, "q"), (Role::Assistant, "a")]));
     }
     let tokenizer = tokenizer(Some(CHATML), false);
-    let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
+    let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).expect("compiles");
     let encode = |messages: &[Message], max_tokens| {
-        encode::encode_row(messages, &template, &tokenizer, TrainOn::Completions, max_tokens).expect("encodes")
+        encode_messages(messages, &template, &tokenizer, TrainOn::Completions, max_tokens).expect("encodes")
     };
     let cut = encode(&conversation, 64);
     let few = encode(&conversation[..20], 4096);
@@ -127,9 +111,9 @@ fn what_lies_beyond_the_cut_is_counted_but_not_taken_apart() {
 #[test]
 fn the_alpaca_prompt_has_its_two_forms_and_ends_in_eos() {
     let tokenizer = tokenizer(None, false);
-    let template = ChatTemplate::for_model(Template::Auto, &tokenizer).expect("compiles");
+    let template = ChatTemplate::for_model(&Template::Auto, &tokenizer).expect("compiles");
     let mark = |messages: &[Message]| {
-        let row = encode::encode_row(messages, &template, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
+        let row = encode_messages(messages, &template, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
         marked(&tokenizer, &row)
     };
     let mut row = messages(&[(Role::User, "Add."), (Role::Assistant, "3")]);
@@ -183,7 +167,7 @@ fn templates_that_cannot_be_masked_are_refused_with_the_reason() {
     assert!(fatal("{{ nonsense.x.y }}").contains("does not render"));
     let forever = "{% for a in range(10000) %}{% for b in range(10000) %}x{% endfor %}{% endfor %}";
     let tokenizer = tokenizer(Some("{% if %}"), false);
-    assert!(ChatTemplate::for_model(Template::Auto, &tokenizer).is_err());
+    assert!(ChatTemplate::for_model(&Template::Auto, &tokenizer).is_err());
     for template in [forever, "{{ raise_exception('roles must alternate') }}"] {
         match encode(template, false, &conversation, TrainOn::Completions) {
             Err(EncodeError::Row(problem)) => assert_eq!(problem.code, BadRowCode::TemplateRefused),
@@ -196,7 +180,7 @@ fn templates_that_cannot_be_masked_are_refused_with_the_reason() {
 fn the_environment_is_that_of_hugging_face() {
     let render = |source: &str| {
         let conversation = messages(&[(Role::User, " it's <b>\n"), (Role::Assistant, "é")]);
-        ChatTemplate::new(source, "<s>", "</s>").expect("compiles").render(&conversation, true).expect("renders")
+        ChatTemplate::new(source, "<s>", "</s>").expect("compiles").render(&conversation, &[], true).expect("renders")
     };
     // Blocks take their own line with them; one line break at the end of the template goes.
     assert_eq!(render("{% if true %}\nx\n  {% endif %}\ny\n"), "x\ny");
@@ -222,4 +206,57 @@ fn the_environment_is_that_of_hugging_face() {
         render("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"),
         "2"
     );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is said: the tokens are the template's text, and those with a loss are the trained answers and their ends.
+    #[test]
+    fn the_mask_covers_the_answers_and_nothing_else(turns in prop::collection::vec((texts(), texts(), any::<bool>()), 1..5)) {
+        for (template, end) in [(CHATML, "<|im_end|>"), (LLAMA3, "<|im_end|>")] {
+            let mut messages = Vec::new();
+            let mut answers = String::new();
+            for (question, answer, trained) in &turns {
+                messages.push(Message::new(Role::User, question));
+                messages.push(Message { trained: *trained, ..Message::new(Role::Assistant, answer) });
+                // LLAMA3 trims what is said.
+                let said = if template == LLAMA3 { answer.trim() } else { answer };
+                if *trained {
+                    answers.push_str(said);
+                    answers.push_str(end);
+                }
+            }
+            let tokenizer = tokenizer(Some(template), false);
+            let chat = ChatTemplate::for_model(&Template::Auto, &tokenizer).expect("compiles");
+            let text = chat.render(&messages, &[], false).expect("renders");
+            let row = encode_messages(&messages, &chat, &tokenizer, TrainOn::Completions, 4096).expect("encodes");
+            let shown = |all: bool| {
+                let tokens = row.tokens.iter().zip(&row.trained).filter(|(_, trained)| all || **trained);
+                let bytes: Vec<u8> = tokens.flat_map(|(&id, _)| tokenizer.token_bytes(id)).copied().collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            };
+            prop_assert_eq!(shown(true), text.trim_end());
+            prop_assert_eq!(shown(false), answers);
+        }
+    }
+}
+
+/// Texts of what is awkward: marks of the template, white space at the ends, what merges across a border.
+fn texts() -> impl Strategy<Value = String> {
+    let pieces = [
+        "a",
+        " the",
+        "\n",
+        "\n\n",
+        " ",
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "assistant",
+        "1",
+        "世界",
+        "<note>",
+        ".",
+    ];
+    prop::collection::vec(prop::sample::select(pieces.to_vec()), 1..6).prop_map(|pieces| pieces.concat())
 }

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::spec::DatasetFormat;
 
 const GOOD: &str = r#"{"instruction": "Say a.", "output": "a"}"#;
 
@@ -100,23 +101,49 @@ fn bad_chat_rows_say_where_and_what() {
         (chat(&[user, r#"{"role": "assistant", "content": null}"#]), "/messages/1/content", WrongType),
         (chat(&[user, r#"{"role": "assistant"}"#]), "/messages/1/content", MissingField),
         (
-            chat(&[r#"{"role": "user", "content": [{"type": "text"}]}"#, answer]),
-            "/messages/0/content",
+            chat(&[r#"{"role": "user", "content": [{"type": "image_url"}]}"#, answer]),
+            "/messages/0/content/0",
             UnsupportedField,
         ),
-        (chat(&[user, r#"{"role": "tool", "content": "x"}"#, answer]), "/messages/1/role", UnknownRole),
+        (
+            chat(&[r#"{"role": "user", "content": [{"type": "text"}]}"#, answer]),
+            "/messages/0/content/0/text",
+            MissingField,
+        ),
+        (chat(&[user, r#"{"role": "critic", "content": "x"}"#, answer]), "/messages/1/role", UnknownRole),
         (chat(&[user, r#"{"role": 1, "content": "x"}"#, answer]), "/messages/1/role", WrongType),
         (chat(&[r#"{"content": "x"}"#, answer]), "/messages/0/role", MissingField),
         (
-            chat(&[user, r#"{"role": "assistant", "content": "a", "tool_calls": []}"#]),
-            "/messages/1/tool_calls",
-            UnsupportedField,
+            chat(&[r#"{"role": "user", "content": "q", "tool_calls": [{}]}"#, answer]),
+            "/messages/0/tool_calls",
+            InvalidValue,
+        ),
+        (
+            chat(&[user, r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}"#]),
+            "/messages/1/tool_calls/0/function/arguments",
+            InvalidValue,
+        ),
+        (
+            chat(&[user, r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}"#]),
+            "/messages/1/tool_calls/0/function/arguments",
+            InvalidValue,
+        ),
+        (
+            chat(&[user, r#"{"role": "assistant", "tool_calls": [{"function": {}}]}"#]),
+            "/messages/1/tool_calls/0/function/name",
+            MissingField,
         ),
         (chat(&[r#""q""#, answer]), "/messages/0", WrongType),
         (r#"{"messages": "hi"}"#.to_owned(), "/messages", WrongType),
         (r#"{"prompt": "hi"}"#.to_owned(), "/messages", MissingField),
-        (format!(r#"{{"tools": [], {}"#, &good[1..]), "/tools", UnsupportedField),
-        (format!(r#"{{"functions": [], {}"#, &good[1..]), "/functions", UnsupportedField),
+        (format!(r#"{{"tools": [{{}}], {}"#, &good[1..]), "/tools/0/name", MissingField),
+        (format!(r#"{{"tools": "[", {}"#, &good[1..]), "/tools", InvalidValue),
+        (format!(r#"{{"functions": 5, {}"#, &good[1..]), "/functions", WrongType),
+        (
+            chat(&[user, answer]).replace("\"q\"", &format!("\"{}\"", " ".repeat(100_001))),
+            "/messages/0/content",
+            TooMuchWhiteSpace,
+        ),
         (GOOD.to_owned(), "", MixedFormat),
     ];
     for (row, pointer, code) in table {
@@ -169,7 +196,7 @@ fn files_that_are_no_data_set_are_refused_by_name() {
     assert_eq!(few.code(), "invalid_n_examples");
     assert_eq!(few.to_string(), "Training file has 3 example(s), but must have at least 10 examples");
     let unknown = of(lines(r#"{"question": "x", "answer": "y"}"#, 12).as_bytes()).to_string();
-    assert!(unknown.contains("keys `question`, `answer`") && unknown.contains("supported: alpaca"), "{unknown}");
+    assert!(unknown.contains("keys `question`, `answer`") && unknown.contains("supported: chat"), "{unknown}");
     assert!(
         matches!(of(b"\xff\xfe{\x00"), DatasetError::BadRows(report) if report.bad_rows[0].code == BadRowCode::InvalidUtf8)
     );
