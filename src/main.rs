@@ -21,7 +21,8 @@ enum Role {
     /// Works off one task of a server; the server starts it
     #[command(hide = true)]
     Worker(worker::Options),
-    Train(cli::train::TrainArgs),
+    Train(Box<cli::train::TrainArgs>),
+    Dataset(cli::dataset::DatasetCommand),
     Chat(cli::chat::ChatArgs),
     Export(cli::export::ExportArgs),
     #[command(hide = true)]
@@ -47,6 +48,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Role::Serve(options) => cli::serve::run(options),
         Role::Worker(options) => worker::run(options),
         Role::Train(args) => cli::train::run(&args),
+        Role::Dataset(command) => cli::dataset::run(&command),
         Role::Chat(args) => cli::chat::run(&args),
         Role::Export(args) => cli::export::run(&args),
         Role::Logits(args) => cli::logits::run(&args),

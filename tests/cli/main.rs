@@ -1,5 +1,6 @@
 //! `lorad train` and `lorad chat` as a user runs them: real processes on a tiny model.
 
+mod dataset;
 mod export;
 
 use std::path::{Path, PathBuf};
