@@ -17,16 +17,91 @@ pub(super) const VALUES: usize = 256;
 
 type Levels = [u8; VALUES];
 
-/// 2-bit levels in groups of 16.
+/// How one k-quant searches the `G` groups of `N` values of a super-block, and packs what was found.
+pub(super) trait KQuant<const G: usize, const N: usize> {
+    /// Bytes of a super-block.
+    const BYTES: usize;
+
+    /// Searches at most as many groups as there are lanes.
+    fn search<S: Simd>(simd: S, values: &[f32]) -> Found<N>;
+
+    /// Rounds the scales of a super-block, and the levels for them.
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<G>);
+}
+
+/// What the search left for the groups of one super-block.
+pub(super) struct Groups<const G: usize> {
+    scales: [f32; G],
+    mins: [f32; G],
+    levels: Levels,
+}
+
+/// Quantizes super-blocks, as many at once as have their groups in the lanes.
 #[inline(always)]
-pub(super) fn q2_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
-    const GRID: Grid = Grid { top: 3.0, first: -0.5, step: 0.1, last: 15 };
-    const SCALE_TOP: f32 = 15.0;
-    let search = |values: &[f32]| {
+pub(super) fn quantize<S: Simd, K: KQuant<G, N>, const G: usize, const N: usize>(
+    simd: S,
+    values: &[f32],
+    out: &mut [u8],
+) {
+    let lanes = S::F32_LANES;
+    if lanes < G {
+        // The groups of one super-block are searched in several turns.
+        for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(K::BYTES)) {
+            let mut groups = Groups { scales: [0.0; G], mins: [0.0; G], levels: [0; VALUES] };
+            for (turn, x) in x.chunks(lanes * N).enumerate() {
+                let found = K::search(simd, x);
+                for lane in 0..lanes {
+                    groups.take(turn * lanes + lane, &found, lane);
+                }
+            }
+            K::pack(x, block, groups);
+        }
+        return;
+    }
+    let together = lanes / G;
+    for (values, out) in values.chunks(VALUES * together).zip(out.chunks_mut(K::BYTES * together)) {
+        let found = K::search(simd, values);
+        for (index, (x, block)) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(K::BYTES)).enumerate() {
+            let mut groups = Groups { scales: [0.0; G], mins: [0.0; G], levels: [0; VALUES] };
+            for group in 0..G {
+                groups.take(group, &found, index * G + group);
+            }
+            K::pack(x, block, groups);
+        }
+    }
+}
+
+impl<const G: usize> Groups<G> {
+    #[inline(always)]
+    fn take<const N: usize>(&mut self, group: usize, found: &Found<N>, lane: usize) {
+        self.scales[group] = found.scale[lane];
+        self.mins[group] = found.min[lane];
+        for (level, row) in self.levels[N * group..][..N].iter_mut().zip(&found.levels) {
+            *level = row[lane] as i32 as u8;
+        }
+    }
+}
+
+/// 2-bit levels in groups of 16.
+pub(super) struct Q2K;
+
+impl KQuant<16, 16> for Q2K {
+    const BYTES: usize = 84;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, values: &[f32]) -> Found<16> {
         let x = Lanes::<S>::gather::<16>(simd, values);
-        affine(&x, &x.map(Lanes::abs), GRID, true)
-    };
-    for_each_super_block::<S, 84, 16, 16>(search, values, out, |x, block, Groups { scales, mins, mut levels }| {
+        let mut weight = x;
+        for weight in &mut weight {
+            *weight = weight.abs();
+        }
+        affine(&x, &weight, Grid { top: 3.0, first: -0.5, step: 0.1, last: 15 }, true)
+    }
+
+    #[inline(always)]
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>) {
+        const SCALE_TOP: f32 = 15.0;
+        let Groups { scales, mins, mut levels } = groups;
         let (scale_inverse, top_scale) = inverse_of_top(&scales, SCALE_TOP);
         let (min_inverse, top_min) = inverse_of_top(&mins, SCALE_TOP);
         let d = put(block, 80, top_scale);
@@ -40,24 +115,30 @@ pub(super) fn q2_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
             requantize(&mut levels[range.clone()], &x[range], (d, d_min), (0, 3));
         }
         put_two_bits(&mut block[16..80], &levels);
-    });
+    }
 }
 
 /// 3-bit levels around zero in groups of 16.
-#[inline(always)]
-pub(super) fn q3_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
-    let search = |values: &[f32]| symmetric_by_descent(&Lanes::<S>::gather::<16>(simd, values), 4.0);
-    for_each_super_block::<S, 110, 16, 16>(search, values, out, |x, block, Groups { scales, mut levels, .. }| {
+pub(super) struct Q3K;
+
+impl KQuant<16, 16> for Q3K {
+    const BYTES: usize = 110;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, values: &[f32]) -> Found<16> {
+        symmetric_by_descent(&Lanes::<S>::gather::<16>(simd, values), 4.0)
+    }
+
+    #[inline(always)]
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>) {
+        let Groups { scales, mut levels, .. } = groups;
         let extreme = first_extreme(&scales);
         let scale_inverse = if extreme == 0.0 { 0.0 } else { -32.0 / extreme };
         let d = put(block, 108, if extreme == 0.0 { 0.0 } else { 1.0 / scale_inverse });
         let mut packed = [0u8; 12];
         for group in 0..16 {
-            let scale = match extreme == 0.0 {
-                // Six zero bits stand for −32, as all of the block's scales do then; its scale is zero.
-                true => -32,
-                false => nearest(scale_inverse * scales[group], -32, 31),
-            };
+            // Where all scales are zero, zero bits stand for them.
+            let scale = if extreme == 0.0 { -32 } else { nearest(scale_inverse * scales[group], -32, 31) };
             let bits = (scale + 32) as u8;
             packed[group % 8] |= (bits & 15) << (4 * (group / 8));
             packed[8 + group % 4] |= (bits >> 4) << (2 * (group / 4));
@@ -65,43 +146,62 @@ pub(super) fn q3_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
             requantize(&mut levels[range.clone()], &x[range], (d * scale as f32, 0.0), (-4, 3));
         }
         block[96..108].copy_from_slice(&packed);
-        for (place, byte) in block[..32].iter_mut().enumerate() {
-            *byte = (0..8).fold(0, |bits, group| bits | (levels[32 * group + place] >> 2) << group);
-        }
+        put_high_bit(&mut block[..32], &levels, 2);
         put_two_bits(&mut block[32..96], &levels);
-    });
+    }
 }
 
 /// 4-bit levels in groups of 32.
-#[inline(always)]
-pub(super) fn q4_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
-    const GRID: Grid = Grid { top: 15.0, first: -1.0, step: 0.1, last: 20 };
-    let search = |values: &[f32]| weighted_affine(simd, values, GRID);
-    for_each_super_block::<S, 144, 8, 32>(search, values, out, |x, block, mut groups| {
+pub(super) struct Q4K;
+
+impl KQuant<8, 32> for Q4K {
+    const BYTES: usize = 144;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, values: &[f32]) -> Found<32> {
+        weighted_affine(simd, values, Grid { top: 15.0, first: -1.0, step: 0.1, last: 20 })
+    }
+
+    #[inline(always)]
+    fn pack(x: &[f32], block: &mut [u8], mut groups: Groups<8>) {
         scales_of_six_bits(x, block, &mut groups, 15);
         put_four_bits(&mut block[16..], &groups.levels);
-    });
+    }
 }
 
 /// 5-bit levels in groups of 32.
-#[inline(always)]
-pub(super) fn q5_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
-    const GRID: Grid = Grid { top: 31.0, first: -0.5, step: 0.1, last: 15 };
-    let search = |values: &[f32]| weighted_affine(simd, values, GRID);
-    for_each_super_block::<S, 176, 8, 32>(search, values, out, |x, block, mut groups| {
+pub(super) struct Q5K;
+
+impl KQuant<8, 32> for Q5K {
+    const BYTES: usize = 176;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, values: &[f32]) -> Found<32> {
+        weighted_affine(simd, values, Grid { top: 31.0, first: -0.5, step: 0.1, last: 15 })
+    }
+
+    #[inline(always)]
+    fn pack(x: &[f32], block: &mut [u8], mut groups: Groups<8>) {
         scales_of_six_bits(x, block, &mut groups, 31);
-        for (place, byte) in block[16..48].iter_mut().enumerate() {
-            *byte = (0..8).fold(0, |bits, group| bits | (groups.levels[32 * group + place] >> 4) << group);
-        }
+        put_high_bit(&mut block[16..48], &groups.levels, 4);
         put_four_bits(&mut block[48..], &groups.levels);
-    });
+    }
 }
 
 /// 6-bit levels around zero in groups of 16.
-#[inline(always)]
-pub(super) fn q6_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
-    let search = |values: &[f32]| symmetric(&Lanes::<S>::gather::<16>(simd, values), 32.0);
-    for_each_super_block::<S, 210, 16, 16>(search, values, out, |x, block, Groups { scales, mut levels, .. }| {
+pub(super) struct Q6K;
+
+impl KQuant<16, 16> for Q6K {
+    const BYTES: usize = 210;
+
+    #[inline(always)]
+    fn search<S: Simd>(simd: S, values: &[f32]) -> Found<16> {
+        symmetric(&Lanes::<S>::gather::<16>(simd, values), 32.0)
+    }
+
+    #[inline(always)]
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>) {
+        let Groups { scales, mut levels, .. } = groups;
         let extreme = first_extreme(&scales);
         if extreme.abs() < 1e-15 {
             return block.fill(0);
@@ -118,60 +218,12 @@ pub(super) fn q6_k<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
         let halves = levels.chunks_exact(128).zip(low.chunks_exact_mut(64)).zip(high.chunks_exact_mut(32));
         for ((levels, low), high) in halves {
             for place in 0..32 {
-                let [a, b, c, d] = [0, 32, 64, 96].map(|from| levels[from + place]);
+                let [a, b, c, d] = [levels[place], levels[place + 32], levels[place + 64], levels[place + 96]];
                 low[place] = a & 15 | c << 4;
                 low[place + 32] = b & 15 | d << 4;
                 high[place] = a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (d >> 4) << 6;
             }
         }
-    });
-}
-
-/// What the search left for the groups of one super-block.
-struct Groups<const G: usize> {
-    scales: [f32; G],
-    mins: [f32; G],
-    levels: Levels,
-}
-
-/// Searches the scales of as many super-blocks as fill the lanes, and has each packed. `G` groups of `N` values a super-block
-/// of `BYTES` bytes.
-#[inline(always)]
-fn for_each_super_block<S: Simd, const BYTES: usize, const G: usize, const N: usize>(
-    search: impl Fn(&[f32]) -> Found<N>,
-    values: &[f32],
-    out: &mut [u8],
-    pack: impl Fn(&[f32], &mut [u8], Groups<G>),
-) {
-    if S::F32_LANES < G {
-        // Fewer lanes than groups: the groups of a super-block are searched in several turns.
-        for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(BYTES)) {
-            let mut groups = Groups { scales: [0.0; G], mins: [0.0; G], levels: [0; VALUES] };
-            for (turn, x) in x.chunks(S::F32_LANES * N).enumerate() {
-                let found = search(x);
-                (0..S::F32_LANES).for_each(|lane| take_group(&found, lane, &mut groups, turn * S::F32_LANES + lane));
-            }
-            pack(x, block, groups);
-        }
-        return;
-    }
-    let together = S::F32_LANES / G;
-    for (values, out) in values.chunks(VALUES * together).zip(out.chunks_mut(BYTES * together)) {
-        let found = search(values);
-        for (index, (x, block)) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(BYTES)).enumerate() {
-            let mut groups = Groups { scales: [0.0; G], mins: [0.0; G], levels: [0; VALUES] };
-            (0..G).for_each(|group| take_group(&found, index * G + group, &mut groups, group));
-            pack(x, block, groups);
-        }
-    }
-}
-
-#[inline(always)]
-fn take_group<const G: usize, const N: usize>(found: &Found<N>, lane: usize, groups: &mut Groups<G>, group: usize) {
-    groups.scales[group] = found.scale[lane];
-    groups.mins[group] = found.min[lane];
-    for (level, row) in groups.levels[N * group..][..N].iter_mut().zip(&found.levels) {
-        *level = row[lane] as i32 as u8;
     }
 }
 
@@ -180,9 +232,16 @@ fn take_group<const G: usize, const N: usize>(found: &Found<N>, lane: usize, gro
 fn weighted_affine<S: Simd>(simd: S, values: &[f32], grid: Grid) -> Found<32> {
     let x = Lanes::<S>::gather::<32>(simd, values);
     let zero = Lanes::splat(simd, 0.0);
-    let mean_square = x.iter().fold(zero, |sum, &x| sum + x * x) / zero.constant(32.0);
-    let typical = mean_square.sqrt();
-    affine(&x, &x.map(|x| typical + x.abs()), grid, false)
+    let mut sum = zero;
+    for &x in &x {
+        sum = sum + x * x;
+    }
+    let typical = (sum / zero.constant(32.0)).sqrt();
+    let mut weight = x;
+    for weight in &mut weight {
+        *weight = typical + weight.abs();
+    }
+    affine(&x, &weight, grid, false)
 }
 
 /// Writes the first 16 bytes of Q4_K and Q5_K, and moves the levels to where the rounded scales want them.
@@ -238,8 +297,19 @@ fn requantize(levels: &mut [u8], x: &[f32], (scale, min): (f32, f32), (low, high
 fn put_two_bits(out: &mut [u8], levels: &Levels) {
     for (levels, out) in levels.chunks_exact(128).zip(out.chunks_exact_mut(32)) {
         for (place, byte) in out.iter_mut().enumerate() {
-            let [a, b, c, d] = [0, 32, 64, 96].map(|from| levels[from + place] & 3);
-            *byte = a | b << 2 | c << 4 | d << 6;
+            let [a, b, c, d] = [levels[place], levels[place + 32], levels[place + 64], levels[place + 96]];
+            *byte = a & 3 | (b & 3) << 2 | (c & 3) << 4 | (d & 3) << 6;
+        }
+    }
+}
+
+/// One bit of eight levels that are 32 apart, a byte.
+#[inline(always)]
+fn put_high_bit(out: &mut [u8], levels: &Levels, bit: u32) {
+    out.fill(0);
+    for (group, levels) in levels.chunks_exact(32).enumerate() {
+        for (byte, level) in out.iter_mut().zip(levels) {
+            *byte |= (level >> bit & 1) << group;
         }
     }
 }

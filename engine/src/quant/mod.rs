@@ -232,11 +232,11 @@ impl WithSimd for Blocks<'_> {
             BlockType::Q5_1 => small::q5_1(values, out),
             BlockType::Q8_0 => small::q8_0(values, out),
             BlockType::IQ4NL => small::iq4_nl(simd, values, out),
-            BlockType::Q2K => k::q2_k(simd, values, out),
-            BlockType::Q3K => k::q3_k(simd, values, out),
-            BlockType::Q4K => k::q4_k(simd, values, out),
-            BlockType::Q5K => k::q5_k(simd, values, out),
-            BlockType::Q6K => k::q6_k(simd, values, out),
+            BlockType::Q2K => k::quantize::<S, k::Q2K, 16, 16>(simd, values, out),
+            BlockType::Q3K => k::quantize::<S, k::Q3K, 16, 16>(simd, values, out),
+            BlockType::Q4K => k::quantize::<S, k::Q4K, 8, 32>(simd, values, out),
+            BlockType::Q5K => k::quantize::<S, k::Q5K, 8, 32>(simd, values, out),
+            BlockType::Q6K => k::quantize::<S, k::Q6K, 16, 16>(simd, values, out),
         }
         match first_infinite_scale(dtype, out) {
             None => Ok(()),

@@ -19,8 +19,13 @@ pub(super) struct Found<const N: usize> {
 }
 
 impl<const N: usize> Found<N> {
-    fn new<S: Simd>(scale: Lanes<S>, min: Lanes<S>, levels: [Lanes<S>; N]) -> Self {
-        Self { scale: scale.to_array(), min: min.to_array(), levels: levels.map(Lanes::to_array) }
+    #[inline(always)]
+    fn new<S: Simd>(scale: Lanes<S>, min: Lanes<S>, levels: &[Lanes<S>; N]) -> Self {
+        let mut found = Self { scale: scale.to_array(), min: min.to_array(), levels: [[0.0; MAX_LANES]; N] };
+        for (row, level) in found.levels.iter_mut().zip(levels) {
+            *row = level.to_array();
+        }
+        found
     }
 }
 
@@ -47,7 +52,6 @@ pub(super) fn affine<S: Simd, const N: usize>(
     absolute: bool,
 ) -> Found<N> {
     let zero = x[0].constant(0.0);
-    let penalty = |difference: Lanes<S>| if absolute { difference.abs() } else { difference * difference };
     let (mut low, mut high) = (x[0], x[0]);
     let (mut sum_w, mut sum_x) = (weight[0], weight[0] * x[0]);
     for (&x, &w) in x.iter().zip(weight).skip(1) {
@@ -64,7 +68,7 @@ pub(super) fn affine<S: Simd, const N: usize>(
     let mut best = zero;
     for (&x, &w) in x.iter().zip(weight) {
         let level = (inverse * (x - low)).nearest(0.0, grid.top);
-        best = best + w * penalty(scale * level + low - x);
+        best = best + w * penalty(scale * level + low - x, absolute);
     }
     // The levels are those that these two gave when the best scale was found.
     let (mut level_inverse, mut level_low) = (inverse, low);
@@ -90,7 +94,7 @@ pub(super) fn affine<S: Simd, const N: usize>(
         this_scale = above.select(sum_xl / sum_l2, this_scale);
         let mut error = zero;
         for ((&x, &w), &level) in x.iter().zip(weight).zip(&levels) {
-            error = error + w * penalty(this_scale * level + this_low - x);
+            error = error + w * penalty(this_scale * level + this_low - x, absolute);
         }
         let better = determinant.positive().and(error.less(best));
         best = better.select(error, best);
@@ -101,29 +105,42 @@ pub(super) fn affine<S: Simd, const N: usize>(
     }
     let scale = is_constant.select(zero, scale);
     let level_inverse = is_constant.select(zero, level_inverse);
-    let levels = x.map(|x| (level_inverse * (x - level_low)).nearest(0.0, grid.top));
-    Found::new(scale, zero - low, levels)
+    for (level, &x) in levels.iter_mut().zip(x) {
+        *level = (level_inverse * (x - level_low)).nearest(0.0, grid.top);
+    }
+    Found::new(scale, zero - low, &levels)
+}
+
+#[inline(always)]
+fn penalty<S: Simd>(difference: Lanes<S>, absolute: bool) -> Lanes<S> {
+    if absolute { difference.abs() } else { difference * difference }
 }
 
 /// The value of largest magnitude (the first of several), and that magnitude.
 #[inline(always)]
 fn extreme<S: Simd, const N: usize>(x: &[Lanes<S>; N]) -> (Lanes<S>, Lanes<S>) {
     let zero = x[0].constant(0.0);
-    x.iter().fold((zero, zero), |(extreme, largest), &x| {
+    let (mut extreme, mut largest) = (zero, zero);
+    for &x in x {
         let larger = largest.less(x.abs());
-        (larger.select(x, extreme), larger.select(x.abs(), largest))
-    })
+        extreme = larger.select(x, extreme);
+        largest = larger.select(x.abs(), largest);
+    }
+    (extreme, largest)
 }
 
 /// Sums of x² · x · level and x² · level², the terms of a least-squares scale.
 #[inline(always)]
 fn level_sums<S: Simd, const N: usize>(x: &[Lanes<S>; N], inverse: Lanes<S>, half: f32) -> (Lanes<S>, Lanes<S>) {
     let zero = inverse.constant(0.0);
-    x.iter().fold((zero, zero), |(sum_lx, sum_l2), &x| {
+    let (mut sum_lx, mut sum_l2) = (zero, zero);
+    for &x in x {
         let level = (inverse * x).nearest(-half, half - 1.0);
         let w = x * x;
-        (sum_lx + w * x * level, sum_l2 + w * level * level)
-    })
+        sum_lx = sum_lx + w * x * level;
+        sum_l2 = sum_l2 + w * level * level;
+    }
+    (sum_lx, sum_l2)
 }
 
 /// x ≈ scale · (level − half) with levels 0..2 · half: 19 scales around the one that maps the extreme to −half.
@@ -137,7 +154,10 @@ pub(super) fn symmetric<S: Simd, const N: usize>(x: &[Lanes<S>; N], half: f32) -
     let (sum_lx, sum_l2) = level_sums(x, level_inverse, half);
     let mut scale = sum_l2.equal(zero).select(zero, sum_lx / sum_l2);
     let mut best = scale * sum_lx;
-    for step in (-9..=9).filter(|&step| step != 0) {
+    for step in -9..=9 {
+        if step == 0 {
+            continue;
+        }
         let inverse = zero.constant(-(half + 0.1f32 * step as f32)) / extreme;
         let (sum_lx, sum_l2) = level_sums(x, inverse, half);
         let better = sum_l2.positive().and((best * sum_l2).less(sum_lx * sum_lx));
@@ -147,8 +167,11 @@ pub(super) fn symmetric<S: Simd, const N: usize>(x: &[Lanes<S>; N], half: f32) -
     }
     let offset = is_zero.select(zero, zero.constant(half));
     let level_inverse = is_zero.select(zero, level_inverse);
-    let levels = x.map(|x| (level_inverse * x).nearest(-half, half - 1.0) + offset);
-    Found::new(is_zero.select(zero, scale), zero, levels)
+    let mut levels = *x;
+    for level in &mut levels {
+        *level = (level_inverse * *level).nearest(-half, half - 1.0) + offset;
+    }
+    Found::new(is_zero.select(zero, scale), zero, &levels)
 }
 
 /// As [`symmetric`], but by descent: each level in turn moves to where the others' best scale puts it, at most five times
@@ -160,7 +183,10 @@ pub(super) fn symmetric_by_descent<S: Simd, const N: usize>(x: &[Lanes<S>; N], h
     let is_zero = largest.less(zero.constant(ZERO));
 
     let inverse = zero.constant(-half) / extreme;
-    let mut levels = x.map(|x| (inverse * x).nearest(-half, half - 1.0));
+    let mut levels = *x;
+    for level in &mut levels {
+        *level = (inverse * *level).nearest(-half, half - 1.0);
+    }
     let (mut sum_lx, mut sum_l2) = level_sums(x, inverse, half);
     for _ in 0..5 {
         let mut changed = false;
@@ -184,8 +210,10 @@ pub(super) fn symmetric_by_descent<S: Simd, const N: usize>(x: &[Lanes<S>; N], h
     }
     let scale = is_zero.not().and(sum_l2.positive()).select(sum_lx / sum_l2, zero);
     let offset = zero.constant(half);
-    let levels = levels.map(|level| is_zero.select(zero, level + offset));
-    Found::new(scale, zero, levels)
+    for level in &mut levels {
+        *level = is_zero.select(zero, *level + offset);
+    }
+    Found::new(scale, zero, &levels)
 }
 
 /// The sixteen values of IQ4_NL's levels.
@@ -195,9 +223,11 @@ pub(super) const NON_LINEAR: [f32; 16] =
 /// The value of [`NON_LINEAR`] that is nearest to x, the upper one where two are.
 #[inline(always)]
 fn nearest_non_linear<S: Simd>(x: Lanes<S>) -> Lanes<S> {
-    NON_LINEAR.windows(2).fold(x.constant(NON_LINEAR[0]), |nearest, pair| {
-        x.less(x.constant((pair[0] + pair[1]) / 2.0)).select(nearest, x.constant(pair[1]))
-    })
+    let mut nearest = x.constant(NON_LINEAR[0]);
+    for pair in NON_LINEAR.windows(2) {
+        nearest = x.less(x.constant((pair[0] + pair[1]) / 2.0)).select(nearest, x.constant(pair[1]));
+    }
+    nearest
 }
 
 /// The index in [`NON_LINEAR`] of the value that is nearest to x, the upper one where two are.
@@ -213,21 +243,28 @@ pub(super) fn non_linear<S: Simd, const N: usize>(x: &[Lanes<S>; N]) -> [f32; MA
     let (extreme, largest) = extreme(x);
     let is_zero = largest.less(zero.constant(ZERO));
 
-    let sums = |inverse: Lanes<S>| {
-        x.iter().fold((zero, zero), |(sum_qx, sum_q2), &x| {
-            let (q, w) = (nearest_non_linear(inverse * x), x * x);
-            (sum_qx + w * q * x, sum_q2 + w * q * q)
-        })
-    };
     let lowest = zero.constant(NON_LINEAR[0]);
-    let (sum_qx, sum_q2) = sums(zero.constant(1.0) / ((zero - extreme) / lowest));
+    let (sum_qx, sum_q2) = non_linear_sums(x, zero.constant(1.0) / ((zero - extreme) / lowest));
     let mut scale = sum_q2.positive().select(sum_qx / sum_q2, zero);
     let mut best = scale * sum_qx;
     for step in -7..=7 {
-        let (sum_qx, sum_q2) = sums(zero.constant(step as f32 + NON_LINEAR[0]) / extreme);
+        let (sum_qx, sum_q2) = non_linear_sums(x, zero.constant(step as f32 + NON_LINEAR[0]) / extreme);
         let better = sum_q2.positive().and((best * sum_q2).less(sum_qx * sum_qx));
         scale = better.select(sum_qx / sum_q2, scale);
         best = better.select(scale * sum_qx, best);
     }
     is_zero.select(zero, scale).to_array()
+}
+
+/// As [`level_sums`], of the nearest values of [`NON_LINEAR`].
+#[inline(always)]
+fn non_linear_sums<S: Simd, const N: usize>(x: &[Lanes<S>; N], inverse: Lanes<S>) -> (Lanes<S>, Lanes<S>) {
+    let zero = inverse.constant(0.0);
+    let (mut sum_qx, mut sum_q2) = (zero, zero);
+    for &x in x {
+        let (q, w) = (nearest_non_linear(inverse * x), x * x);
+        sum_qx = sum_qx + w * q * x;
+        sum_q2 = sum_q2 + w * q * q;
+    }
+    (sum_qx, sum_q2)
 }
