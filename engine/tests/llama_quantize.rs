@@ -60,7 +60,7 @@ fn compare_all(tool: &Path, base: &Path) {
     for quantization in Quantization::ALL {
         let shares = compare(tool, base, quantization);
         let text: Vec<_> = shares.iter().map(|(name, (count, equal))| format!("{name} {equal} of {count}")).collect();
-        println!("{}: byte-equal tensors {}", quantization.name(), text.join(", "));
+        eprintln!("{}: byte-equal tensors {}", quantization.name(), text.join(", "));
         // The compiler of another machine may fuse products and sums.
         if cfg!(target_arch = "x86_64") {
             assert!(shares.values().all(|(count, equal)| count == equal), "{quantization:?}: {shares:?}");
@@ -83,7 +83,7 @@ fn tiny_models_get_the_types_and_bytes_of_llama_quantize() {
         ("odd", TinyModel { dtypes: vec![BlockType::F32, BlockType::F16], ..odd }),
     ];
     for (name, model) in models {
-        println!("{name}: {} layers, rows of {} and {}", model.layers, model.hidden, model.intermediate);
+        eprintln!("{name}: {} layers, rows of {} and {}", model.layers, model.hidden, model.intermediate);
         let base = folder.path().join(name);
         model.write(&base).unwrap();
         compare_all(&tool, &base);
