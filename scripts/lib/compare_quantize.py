@@ -17,7 +17,9 @@ QUANTIZATIONS = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0
 NAMES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
          13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 30: "BF16"}
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-CHUNK = 256
+CHUNK = 128
+# Characters of held text: some ten chunks.
+TEXT = 5_000
 
 
 class File:
@@ -76,7 +78,7 @@ def perplexity(folder, model, text):
 def main():
     convert, folder, work = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
     text = work / "held.txt"
-    text.write_text("\n".join(pathlib.Path(name).read_text() for name in sys.argv[4:]))
+    text.write_text("\n".join(pathlib.Path(name).read_text() for name in sys.argv[4:])[:TEXT])
     base, ours, theirs = (work / name for name in ("f16.gguf", "ours.gguf", "theirs.gguf"))
     print("| quantization | byte-equal tensors by type | perplexity ours | theirs | ratio |")
     print("|---|---|---|---|---|")
