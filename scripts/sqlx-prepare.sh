@@ -17,7 +17,7 @@ PYTHON
 
 mkdir "$work/sqlx"
 touch src/lib.rs # the macros write only when they run again
-DATABASE_URL="sqlite://$work/schema.db" SQLX_OFFLINE_DIR="$work/sqlx" cargo check --quiet --release --package lorad --lib
+DATABASE_URL="sqlite://$work/schema.db" SQLX_OFFLINE_DIR="$work/sqlx" cargo check --quiet --release --workspace --lib
 
 if [ "${1:-}" = --check ]; then
     diff -r .sqlx "$work/sqlx" || { echo "error: .sqlx is out of date, run scripts/sqlx-prepare.sh" >&2; exit 1; }

@@ -205,9 +205,10 @@ impl From<jobs::Error> for ApiError {
         let message = error.to_string();
         match error {
             jobs::Error::NoSuchFile(id) => Self::no_such_file(&id),
-            jobs::Error::NoSuchTrainingFile(_) | jobs::Error::WrongPurpose(_) => {
-                Self::bad_request("training_file", message)
-            }
+            jobs::Error::NoSuchTrainingFile(_) => Self::bad_request("training_file", message),
+            jobs::Error::NoSuchValidationFile(_) => Self::bad_request("validation_file", message),
+            jobs::Error::WrongPurpose { field, .. } => Self::bad_request(field, message),
+            jobs::Error::NoSuchAdapter(_) => Self::bad_request("lora.init_from", message),
             jobs::Error::NoSuchJob(id) => Self::no_such_job(&id),
             jobs::Error::FileInUse { .. } => Self::bad_request("id", message).code("file_in_use"),
             jobs::Error::NotCancellable { .. } => Self::bad_request("fine_tune_id", message).code("not_cancellable"),

@@ -51,7 +51,7 @@ pub(super) struct JobView {
     method: MethodRequest,
     /// Id of the training file.
     training_file: String,
-    /// Always null: validation files are not supported yet.
+    /// Id of the validation file.
     validation_file: Option<String>,
     /// Ids of the files with the metrics of every step.
     result_files: Vec<String>,
@@ -107,14 +107,14 @@ impl From<Job> for JobView {
                 reinforcement: None,
             },
             training_file: job.spec.training_file.to_string(),
-            validation_file: None,
+            validation_file: job.spec.validation_file.map(|id| id.to_string()),
             result_files: job.result_file_id.iter().map(ToString::to_string).collect(),
             trained_tokens: job.trained_tokens,
             seed: train.seed,
             integrations: [],
             error: job.error,
             total_steps: job.total_steps,
-            lora: train.into(),
+            lora: LoraFields::resolved(train, job.spec.init_from.map(|adapter| adapter.name)),
             quantization: "auto",
             dataset: train.into(),
             priority: 0,
@@ -146,7 +146,11 @@ pub(super) async fn create(
     headers: HeaderMap,
     body: JsonBytes,
 ) -> Result<Json<JobView>> {
-    let spec = JobSpec::parse(&body.0)?;
+    let init_from = match JobSpec::adapter_named_in(&body.0)? {
+        None => None,
+        Some(name) => Some(jobs::find_adapter::find_adapter(&app.jobs, DEFAULT_OWNER, name).await?),
+    };
+    let spec = JobSpec::parse(&body.0, init_from)?;
     let text = String::from_utf8_lossy(&body.0);
     let request = Request { body: &text, idempotency_key: idempotency_key(&headers)? };
     let job = jobs::create::create(&app.jobs, &app.hub, DEFAULT_OWNER, spec, request).await?;

@@ -16,8 +16,8 @@ use crate::jobs::claim::token_sha256;
 use crate::types::attempt::{Attempt, AttemptState};
 use crate::types::worker_protocol::{
     ARTIFACTS_PATH, ArtifactQuery, CHECKPOINT_PATH, CHECKPOINTS_PATH, CheckpointQuery, EVENTS_PATH, Events,
-    FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, HeartbeatReply, TASK_PATH, TRAINING_FILE_PATH, Task, VERSION,
-    VERSION_HEADER,
+    FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, HeartbeatReply, INIT_FROM_PATH, TASK_PATH, TRAINING_FILE_PATH,
+    Task, VALIDATION_FILE_PATH, VERSION, VERSION_HEADER,
 };
 use crate::{jobs, store};
 
@@ -26,6 +26,8 @@ pub(super) fn router(app: App) -> Router {
     Router::new()
         .route(TASK_PATH, get(task))
         .route(TRAINING_FILE_PATH, get(training_file))
+        .route(VALIDATION_FILE_PATH, get(validation_file))
+        .route(INIT_FROM_PATH, get(init_from))
         .route(CHECKPOINT_PATH, get(checkpoint))
         .route(HEARTBEAT_PATH, post(heartbeat))
         .route(EVENTS_PATH, post(events))
@@ -79,6 +81,16 @@ async fn task(State(app): State<App>, Caller(attempt): Caller) -> Result<Json<Ta
 
 async fn training_file(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
     let key = jobs::give_task::training_file(&app.jobs, &attempt).await?.object_key;
+    Ok(Response::new(Body::from_stream(app.jobs.storage.get(&key).await?)))
+}
+
+async fn validation_file(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
+    let key = jobs::give_task::validation_file(&app.jobs, &attempt).await?.object_key;
+    Ok(Response::new(Body::from_stream(app.jobs.storage.get(&key).await?)))
+}
+
+async fn init_from(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
+    let key = jobs::give_task::init_from(&app.jobs, &attempt).await?;
     Ok(Response::new(Body::from_stream(app.jobs.storage.get(&key).await?)))
 }
 

@@ -9,7 +9,7 @@ use crate::hub::{Hub, Reference};
 use crate::store;
 use crate::store::job::Request;
 use crate::types::event::NewEvent;
-use crate::types::file::Purpose;
+use crate::types::file::{File, Purpose};
 use crate::types::ids::JobId;
 use crate::types::job::{Job, Status, model_name};
 use crate::types::job_spec::JobSpec;
@@ -42,25 +42,30 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
         started_at_ms: None,
         finished_at_ms: None,
     };
-    let training_file = job.spec.training_file;
+    let JobSpec { training_file, validation_file, .. } = job.spec;
     let mut tx = jobs.store.begin_write().await?;
     if let Some(job) = repeated(&mut tx, owner, request).await? {
         return Ok(job);
     }
-    let Some(file) = store::file::find(&mut tx, training_file, owner, now_ms).await? else {
-        return Err(Error::NoSuchTrainingFile(training_file));
-    };
-    if file.purpose != Purpose::FineTune {
-        return Err(Error::WrongPurpose(file.purpose.to_string()));
+    let file = store::file::find(&mut tx, training_file, owner, now_ms).await?;
+    check_purpose("training_file", &file.ok_or(Error::NoSuchTrainingFile(training_file))?)?;
+    if let Some(id) = validation_file {
+        let file = store::file::find(&mut tx, id, owner, now_ms).await?;
+        check_purpose("validation_file", &file.ok_or(Error::NoSuchValidationFile(id))?)?;
     }
     store::job::insert(&mut tx, &job, request).await?;
     store::event::append(&mut tx, job.id, &NewEvent::created(job.id), now_ms).await?;
-    store::event::append(&mut tx, job.id, &NewEvent::validating(training_file), now_ms).await?;
+    store::event::append(&mut tx, job.id, &NewEvent::validating(training_file, validation_file), now_ms).await?;
     tx.commit().await?;
     tracing::info!(job.id = %job.id, model = job.spec.model, "job created");
     jobs.tell_readers();
     jobs.tell_scheduler();
     Ok(job)
+}
+
+fn check_purpose(field: &'static str, file: &File) -> Result<()> {
+    let purpose = file.purpose;
+    if purpose == Purpose::FineTune { Ok(()) } else { Err(Error::WrongPurpose { field, purpose }) }
 }
 
 /// The job that this request made when it came before.

@@ -227,11 +227,15 @@ async fn fail(
     Ok(store::checkpoint::delete_unlisted(conn, id).await?)
 }
 
-/// The metrics of every step under OpenAI's header; the columns of a validation that did not run stay empty.
+/// The metrics of every step under OpenAI's header; where no validation ran its columns stay empty.
 fn result_csv(metrics: &[Metric]) -> String {
     let mut csv = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n".to_owned();
-    for Metric { step, train_loss, train_mean_token_accuracy, .. } in metrics {
-        writeln!(csv, "{step},{train_loss},{train_mean_token_accuracy},,").expect("a String takes everything");
+    let cell = |value: Option<f64>| value.map(|value| value.to_string()).unwrap_or_default();
+    for metric in metrics {
+        let Metric { step, train_loss, train_mean_token_accuracy, valid_loss, valid_mean_token_accuracy, .. } = metric;
+        let (loss, accuracy) = (cell(*valid_loss), cell(*valid_mean_token_accuracy));
+        writeln!(csv, "{step},{train_loss},{train_mean_token_accuracy},{loss},{accuracy}")
+            .expect("a String takes everything");
     }
     csv
 }

@@ -6,6 +6,7 @@ pub mod cancel;
 pub mod claim;
 pub mod create;
 pub mod delete_file;
+pub mod find_adapter;
 pub mod finish_attempt;
 pub mod give_task;
 pub mod heartbeat;
@@ -24,6 +25,7 @@ use tokio::sync::{Notify, watch};
 use crate::hub;
 use crate::storage::{self, Storage};
 use crate::store::{self, Store};
+use crate::types::file::Purpose;
 use crate::types::ids::{FileId, JobId};
 use crate::types::job::Status;
 
@@ -36,12 +38,25 @@ pub enum Error {
     /// The file that a job is to train on is not there.
     #[error("training_file `{0}` does not exist")]
     NoSuchTrainingFile(FileId),
+    /// The file that a job is to evaluate is not there.
+    #[error("validation_file `{0}` does not exist")]
+    NoSuchValidationFile(FileId),
+    /// No adapter has this id, and no finished model with an adapter this name.
+    #[error(
+        "lora.init_from must be the id of an adapter artifact or the name of a fine-tuned model with one, got `{0}`"
+    )]
+    NoSuchAdapter(String),
     /// This owner has no such job.
     #[error("Could not find fine tune: {0}")]
     NoSuchJob(String),
     /// The file is not one to train on.
-    #[error("training_file must have purpose fine-tune, got `{0}`")]
-    WrongPurpose(String),
+    #[error("{field} must have purpose fine-tune, got `{purpose}`")]
+    WrongPurpose {
+        /// The request's field.
+        field: &'static str,
+        /// The file's purpose.
+        purpose: Purpose,
+    },
     /// The file is needed.
     #[error("file {file} is used by unfinished job {job}: cancel the job, or wait for its end")]
     FileInUse {

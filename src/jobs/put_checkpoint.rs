@@ -100,12 +100,5 @@ async fn add(
 
 async fn step_metrics(conn: &mut SqliteConnection, job_id: JobId, step: i64) -> Result<Value> {
     let metric = store::metric::find(conn, job_id, step).await?;
-    Ok(match metric {
-        Some(metric) => json!({
-            "step": step,
-            "train_loss": metric.train_loss,
-            "train_mean_token_accuracy": metric.train_mean_token_accuracy,
-        }),
-        None => json!({ "step": step }),
-    })
+    Ok(metric.map_or_else(|| json!({ "step": step }), |metric| metric.figures()))
 }

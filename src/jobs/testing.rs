@@ -30,7 +30,7 @@ pub(super) async fn add_job(jobs: &Jobs) -> JobId {
         owner: "default".into(),
         status: Status::ValidatingFiles,
         model_name: format!("ft:tiny:lorad::{id}"),
-        spec: JobSpec::parse(body.as_bytes()).expect("a good request"),
+        spec: JobSpec::parse(body.as_bytes(), None).expect("a good request"),
         trained_tokens: None,
         total_steps: None,
         result_file_id: None,

@@ -69,8 +69,9 @@ pub struct Request<'a> {
 pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: Request<'_>) -> Result<()> {
     let spec = to_json("job.spec", &job.spec)?;
     sqlx::query!(
-        "insert into job (id, owner, status, base_model, request, idempotency_key, spec, training_file_id, model_name, created_at_ms)
-         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "insert into job (id, owner, status, base_model, request, idempotency_key, spec, training_file_id, validation_file_id,
+                          model_name, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         job.id,
         job.owner,
         job.status,
@@ -79,6 +80,7 @@ pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: Request<'_>
         request.idempotency_key,
         spec,
         job.spec.training_file,
+        job.spec.validation_file,
         job.model_name,
         job.created_at_ms,
     )
@@ -111,6 +113,24 @@ pub async fn get(conn: &mut SqliteConnection, id: JobId) -> Result<Option<Job>> 
 /// The database failed.
 pub async fn find(conn: &mut SqliteConnection, id: JobId, owner: &str) -> Result<Option<Job>> {
     Ok(get(conn, id).await?.filter(|job| job.owner == owner))
+}
+
+/// This owner's job that made the model of that name.
+///
+/// # Errors
+/// The database failed.
+pub async fn by_model_name(conn: &mut SqliteConnection, owner: &str, name: &str) -> Result<Option<Job>> {
+    let id = sqlx::query_scalar!(
+        r#"select id as "id: JobId" from job where owner = ? and model_name = ? and status = 'succeeded'"#,
+        owner,
+        name,
+    )
+    .fetch_optional(&mut *conn)
+    .await?;
+    match id {
+        Some(id) => get(conn, id).await,
+        None => Ok(None),
+    }
 }
 
 /// The job that this owner asked for under that key, and the body that asked for it.
@@ -353,7 +373,8 @@ pub async fn set_attempts_without_progress(conn: &mut SqliteConnection, id: JobI
 pub async fn unfinished_with_file(conn: &mut SqliteConnection, file_id: FileId) -> Result<Option<JobId>> {
     let id = sqlx::query_scalar!(
         r#"select id as "id: JobId" from job
-            where training_file_id = ? and status not in ('succeeded', 'failed', 'cancelled') limit 1"#,
+            where (training_file_id = ?1 or validation_file_id = ?1)
+              and status not in ('succeeded', 'failed', 'cancelled') limit 1"#,
         file_id,
     )
     .fetch_optional(conn)

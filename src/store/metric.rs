@@ -13,8 +13,8 @@ use crate::types::metric::Metric;
 pub async fn insert(conn: &mut SqliteConnection, job_id: JobId, metric: &Metric, now_ms: i64) -> Result<bool> {
     let done = sqlx::query!(
         "insert into job_metric (job_id, step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate,
-                                 grad_norm, trained_tokens, step_ms, created_at_ms)
-         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                                 grad_norm, trained_tokens, step_ms, valid_loss, valid_mean_token_accuracy, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
          on conflict (job_id, step) do nothing",
         job_id,
         metric.step,
@@ -26,6 +26,8 @@ pub async fn insert(conn: &mut SqliteConnection, job_id: JobId, metric: &Metric,
         metric.grad_norm,
         metric.trained_tokens,
         metric.step_ms,
+        metric.valid_loss,
+        metric.valid_mean_token_accuracy,
         now_ms,
     )
     .execute(conn)
@@ -40,7 +42,8 @@ pub async fn insert(conn: &mut SqliteConnection, job_id: JobId, metric: &Metric,
 pub async fn find(conn: &mut SqliteConnection, job_id: JobId, step: i64) -> Result<Option<Metric>> {
     let metric = sqlx::query_as!(
         Metric,
-        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms
+        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms,
+                valid_loss, valid_mean_token_accuracy
            from job_metric where job_id = ? and step = ?",
         job_id,
         step,
@@ -57,7 +60,8 @@ pub async fn find(conn: &mut SqliteConnection, job_id: JobId, step: i64) -> Resu
 pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Metric>> {
     let metrics = sqlx::query_as!(
         Metric,
-        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms
+        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms,
+                valid_loss, valid_mean_token_accuracy
            from job_metric where job_id = ? order by step",
         job_id,
     )

@@ -1,6 +1,6 @@
 //! Events: a job's story, line by line, in the words that scripts written for OpenAI match on.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::ids::{EventId, FileId, JobId};
 use super::metric::Metric;
@@ -70,9 +70,10 @@ impl NewEvent {
         Self::message(Level::Info, format!("Created fine-tuning job: {job}"))
     }
 
-    /// The data set is about to be read.
-    pub fn validating(training_file: FileId) -> Self {
-        Self::message(Level::Info, format!("Validating training file: {training_file}"))
+    /// The data set is about to be read, and the one to evaluate.
+    pub fn validating(training_file: FileId, validation_file: Option<FileId>) -> Self {
+        let and = validation_file.map(|id| format!(" and validation file: {id}")).unwrap_or_default();
+        Self::message(Level::Info, format!("Validating training file: {training_file}{and}"))
     }
 
     /// The data set can be trained on.
@@ -87,18 +88,14 @@ impl NewEvent {
 
     /// A step was trained.
     pub fn step(metric: &Metric) -> Self {
-        let Metric { step, total_steps, train_loss, train_mean_token_accuracy, .. } = metric;
-        Self {
-            level: Level::Info,
-            kind: EventType::Metrics,
-            message: format!("Step {step}/{total_steps}: training loss={train_loss:.2}"),
-            data: Some(json!({
-                "step": step,
-                "total_steps": total_steps,
-                "train_loss": train_loss,
-                "train_mean_token_accuracy": train_mean_token_accuracy,
-            })),
+        let Metric { step, total_steps, train_loss, valid_loss, .. } = metric;
+        let mut message = format!("Step {step}/{total_steps}: training loss={train_loss:.2}");
+        if let Some(loss) = valid_loss {
+            message.push_str(&format!(", validation loss={loss:.2}, full validation loss={loss:.2}"));
         }
+        let mut data = metric.figures();
+        data["total_steps"] = (*total_steps).into();
+        Self { level: Level::Info, kind: EventType::Metrics, message, data: Some(data) }
     }
 
     /// A checkpoint can be listed.

@@ -1,7 +1,7 @@
 //! The body of `POST /v1/fine_tuning/jobs` as it comes over the wire, before any of it is believed.
 
 use lorad_engine::spec::{
-    BASE_LEARNING_RATE, Columns, ComputeType, DatasetFormat, GradientCheckpointing, LrScheduler, Optimizer, Target,
+    BASE_LEARNING_RATE, Columns, ComputeType, DatasetFormat, EarlyStopping, GradientCheckpointing, LrScheduler, Optimizer, Target,
     Template, TrainOn, TrainSpec,
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
@@ -107,7 +107,8 @@ pub struct LoraFields {
     pub dropout: Option<f64>,
     /// Scale alpha/√r instead of alpha/r; default false.
     pub use_rslora: Option<bool>,
-    /// Must be null: starting from an adapter is not supported yet.
+    /// Adapter to go on from: id of an adapter artifact, or name of a fine-tuned model. What is not said about the LoRA is taken
+    /// from it, what is said must agree with it (dropout excepted).
     pub init_from: Option<String>,
     /// Projections with a LoRA; default all seven.
     pub target_modules: Option<Vec<String>>,
@@ -150,13 +151,39 @@ pub struct TrainingFields {
     /// `auto`, `none` or `full`.
     #[schema(value_type = Option<String>)]
     pub gradient_checkpointing: Option<GradientCheckpointing>,
-    /// Must be null: evaluation is not supported yet.
+    /// Steps between evaluations on the validation file, which it needs; null: one at the end of each epoch, where there is one.
     pub eval_steps: Option<u32>,
     /// Steps between listed checkpoints; null: one at the end of each epoch.
     pub save_steps: Option<u32>,
-    /// Must be null: early stopping is not supported yet.
-    #[schema(value_type = Option<Object>)]
-    pub early_stopping: Option<Value>,
+    /// Ends the job before its last step, once the validation loss has not fallen for a while; it needs a validation file, and
+    /// the result is the adapter of the best evaluation. Default null: off.
+    pub early_stopping: Option<EarlyStoppingFields>,
+}
+
+/// When a job ends before its last step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EarlyStoppingFields {
+    /// Evaluations in a row without a better loss, 1 to 10000; default 3.
+    pub patience: Option<u32>,
+    /// How much lower a loss must be to count as better, 0 to 100 nats; default 0.
+    pub min_delta: Option<f64>,
+}
+
+impl From<EarlyStoppingFields> for EarlyStopping {
+    fn from(fields: EarlyStoppingFields) -> Self {
+        let default = Self::default();
+        Self {
+            patience: fields.patience.unwrap_or(default.patience),
+            min_delta: fields.min_delta.unwrap_or(default.min_delta),
+        }
+    }
+}
+
+impl From<EarlyStopping> for EarlyStoppingFields {
+    fn from(EarlyStopping { patience, min_delta }: EarlyStopping) -> Self {
+        Self { patience: Some(patience), min_delta: Some(min_delta) }
+    }
 }
 
 /// The data set.
@@ -186,7 +213,7 @@ pub struct JobRequest {
     pub model: String,
     /// Id of an uploaded file with purpose `fine-tune`.
     pub training_file: String,
-    /// Must be null: validation files are not supported yet.
+    /// Id of an uploaded file with purpose `fine-tune` whose loss is watched and never trained on.
     pub validation_file: Option<String>,
     /// Becomes part of the model's name: 1 to 64 letters, digits, `.`, `_` and `-`.
     pub suffix: Option<String>,
@@ -215,14 +242,15 @@ pub struct JobRequest {
     pub artifacts: Option<Vec<ArtifactRequest>>,
 }
 
-impl From<&TrainSpec> for LoraFields {
-    fn from(spec: &TrainSpec) -> Self {
+impl LoraFields {
+    /// What a job does, and the name that its `init_from` has.
+    pub fn resolved(spec: &TrainSpec, init_from: Option<String>) -> Self {
         Self {
             r: Some(spec.lora.r),
             alpha: Some(spec.lora.alpha),
             dropout: Some(spec.lora.dropout),
             use_rslora: Some(spec.lora.use_rslora),
-            init_from: None,
+            init_from,
             target_modules: Some(spec.lora.target_modules.iter().map(|&target| Target::name(target).into()).collect()),
         }
     }
@@ -246,9 +274,9 @@ impl From<&TrainSpec> for TrainingFields {
             shuffle: Some(training.shuffle),
             packing: Some(training.packing),
             gradient_checkpointing: Some(training.gradient_checkpointing),
-            eval_steps: None,
+            eval_steps: training.eval_steps,
             save_steps: training.save_steps,
-            early_stopping: None,
+            early_stopping: training.early_stopping.map(Into::into),
         }
     }
 }

@@ -1,10 +1,10 @@
 //! A job specification: a request that was checked once, so that nothing behind it checks again.
 
-use lorad_engine::spec::{DatasetOptions, LoraOptions, TrainOptions, TrainSpec, TrainingOptions};
+use lorad_engine::spec::{DatasetOptions, LoraOptions, LoraSpec, TrainOptions, TrainSpec, TrainingOptions};
 use serde::{Deserialize, Serialize};
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
-use super::ids::FileId;
+use super::ids::{ArtifactId, FileId};
 use super::job::Metadata;
 use super::job_request::{
     AutoOr, DatasetFields, HyperparametersRequest, JobRequest, LoraFields, MethodRequest, TrainingFields,
@@ -33,6 +33,10 @@ pub struct JobSpec {
     pub model: String,
     /// The data set.
     pub training_file: FileId,
+    /// The data set whose loss is watched.
+    pub validation_file: Option<FileId>,
+    /// The adapter that the training begins with.
+    pub init_from: Option<InitFrom>,
     /// Part of the model's name.
     pub suffix: Option<String>,
     /// The caller's labels.
@@ -45,12 +49,31 @@ pub struct JobSpec {
     pub artifacts: Vec<ArtifactRequest>,
 }
 
+/// The adapter that a training begins with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InitFrom {
+    /// As the request named it.
+    pub name: String,
+    /// The artifact that it stands for.
+    pub artifact_id: ArtifactId,
+    /// The LoRA that it is.
+    pub lora: LoraSpec,
+}
+
 impl JobSpec {
-    /// Checks a request's body.
+    /// What a request's `lora.init_from` names, which [`JobSpec::parse`] has to be given.
+    ///
+    /// # Errors
+    /// The first field that is unknown or of the wrong type.
+    pub fn adapter_named_in(body: &[u8]) -> Result<Option<String>, Invalid> {
+        Ok(read(body)?.lora.and_then(|lora| lora.init_from))
+    }
+
+    /// Checks a request's body; `init_from` is what its `lora.init_from` was found to be.
     ///
     /// # Errors
     /// The first field that is unknown, of the wrong type, out of range or not supported.
-    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
+    pub fn parse(body: &[u8], init_from: Option<InitFrom>) -> Result<Self, Invalid> {
         let request = read(body)?;
         refuse_unsupported(&request)?;
         if let Some(suffix) = &request.suffix {
@@ -59,20 +82,26 @@ impl JobSpec {
         if let Some(metadata) = &request.metadata {
             check_metadata(metadata)?;
         }
-        let training_file = request.training_file.parse();
-        let training_file =
-            training_file.map_err(|right| Invalid::new("training_file", format!("training_file {right}")))?;
+        let training_file = file_id("training_file", &request.training_file)?;
+        let validation_file = request.validation_file.as_ref().map(|id| file_id("validation_file", id)).transpose()?;
         let (hyperparameters, place) = hyperparameters(&request)?;
-        let options = options(&request, hyperparameters);
+        let mut options = options(&request, hyperparameters);
+        if let Some(init_from) = &init_from {
+            let inherited = options.lora.inherit(&init_from.lora);
+            inherited.map_err(|error| Invalid::new(error.field, error.message))?;
+        }
         let train = TrainSpec::resolve(&options).map_err(|error| {
             let inner = matches!(error.field, "n_epochs" | "batch_size" | "learning_rate_multiplier");
             let param = if inner { format!("{place}.{}", error.field) } else { error.field.to_owned() };
             Invalid::new(param, error.message)
         })?;
+        check_validation(validation_file, &train)?;
         let artifacts = artifacts(request.artifacts)?;
         Ok(Self {
             model: request.model,
             training_file,
+            validation_file,
+            init_from,
             suffix: request.suffix,
             metadata: request.metadata,
             hyperparameters,
@@ -124,21 +153,12 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
     unsupported("method.type", kind != "supervised", kind, "supervised")?;
     unsupported("method.dpo", dpo.is_some(), dpo, "null")?;
     unsupported("method.reinforcement", reinforcement.is_some(), reinforcement, "null")?;
-    unsupported("validation_file", request.validation_file.is_some(), &request.validation_file, "null")?;
     let integrations = request.integrations.as_deref().unwrap_or_default();
     unsupported("integrations", !integrations.is_empty(), &integrations, "null or empty")?;
     let quantization = request.quantization.as_deref().unwrap_or("auto");
     unsupported("quantization", quantization != "auto", &quantization, "auto")?;
     let priority = request.priority.unwrap_or(0);
     unsupported("priority", priority != 0, &priority, "0")?;
-    if let Some(LoraFields { init_from, .. }) = &request.lora {
-        unsupported("lora.init_from", init_from.is_some(), init_from, "null")?;
-    }
-    if let Some(training) = &request.training {
-        unsupported("training.eval_steps", training.eval_steps.is_some(), &training.eval_steps, "null")?;
-        let early_stopping = &training.early_stopping;
-        unsupported("training.early_stopping", early_stopping.is_some(), early_stopping, "null")?;
-    }
     Ok(())
 }
 
@@ -153,6 +173,23 @@ fn unsupported(field: &str, given: bool, value: &impl Serialize, only: &str) -> 
 
 fn default_method() -> MethodRequest {
     MethodRequest { kind: "supervised".into(), supervised: None, dpo: None, reinforcement: None }
+}
+
+fn file_id(field: &str, id: &str) -> Result<FileId, Invalid> {
+    id.parse().map_err(|right| Invalid::new(field, format!("{field} {right}")))
+}
+
+/// Settings that mean nothing without a validation file.
+fn check_validation(validation_file: Option<FileId>, train: &TrainSpec) -> Result<(), Invalid> {
+    let training = &train.training;
+    let needing = [
+        ("training.eval_steps", training.eval_steps.is_some()),
+        ("training.early_stopping", training.early_stopping.is_some()),
+    ];
+    match needing.into_iter().find(|(_, given)| *given && validation_file.is_none()) {
+        None => Ok(()),
+        Some((field, _)) => Err(Invalid::new(field, format!("{field} needs a validation_file, got `null`"))),
+    }
 }
 
 fn check_suffix(suffix: &str) -> Result<(), Invalid> {
@@ -240,8 +277,9 @@ fn training_options(fields: TrainingFields) -> TrainingOptions {
         packing: fields.packing,
         gradient_checkpointing: fields.gradient_checkpointing,
         compute: fields.compute,
+        eval_steps: fields.eval_steps,
         save_steps: fields.save_steps,
-        ..TrainingOptions::default()
+        early_stopping: fields.early_stopping.map(Into::into),
     }
 }
 
@@ -288,14 +326,21 @@ mod tests {
         body.to_string().into_bytes()
     }
 
+    /// Checks a body whose `init_from` stands for an adapter of rank 4.
+    fn parse(body: &[u8]) -> Result<JobSpec, Invalid> {
+        let lora = LoraSpec { r: 4, ..TrainSpec::default().lora };
+        let named = JobSpec::adapter_named_in(body)?;
+        JobSpec::parse(body, named.map(|name| InitFrom { name, artifact_id: ArtifactId::new(), lora }))
+    }
+
     fn refused(changes: Value) -> (Option<String>, String) {
-        let invalid = JobSpec::parse(&request(changes)).expect_err("must be refused");
+        let invalid = parse(&request(changes)).expect_err("must be refused");
         (invalid.param, invalid.message)
     }
 
     #[test]
     fn a_minimal_request_gets_the_defaults() {
-        let spec = JobSpec::parse(&request(json!({}))).expect("a good request");
+        let spec = parse(&request(json!({}))).expect("a good request");
         assert_eq!(spec.train, TrainSpec::default());
         assert_eq!(spec.hyperparameters.n_epochs, Some(AutoOr::AUTO));
         assert_eq!(spec.artifacts.len(), 2);
@@ -312,12 +357,16 @@ mod tests {
             (json!({"lora": {"r": -1}}), "lora.r"),
             (json!({"lora": {"r": "8"}}), "lora.r"),
             (json!({"lora": {"dropout": 1.0}}), "lora.dropout"),
-            (json!({"lora": {"init_from": "artifact-1"}}), "lora.init_from"),
+            (json!({"lora": {"init_from": "artifact-1", "r": 8}}), "lora.r"),
             (json!({"lora": {"target_modules": ["lm_head"]}}), "lora.target_modules"),
             (json!({"training": {"learning_rate": -1}}), "training.learning_rate"),
             (json!({"training": {"lr_scheduler": "polynomial"}}), "training.lr_scheduler"),
+            (json!({"training": {"optimizer": "sgd"}}), "training.optimizer"),
             (json!({"training": {"packing": 1}}), "training.packing"),
             (json!({"training": {"compute": "fp8"}}), "training.compute"),
+            (json!({"training": {"eval_steps": 5}}), "training.eval_steps"),
+            (json!({"training": {"early_stopping": {"patience": 0}}}), "training.early_stopping.patience"),
+            (json!({"training": {"early_stopping": {"patiense": 3}}}), "training.early_stopping.patiense"),
             (json!({"training": {"early_stopping": {"patience": 3}}}), "training.early_stopping"),
             (json!({"dataset": {"format": "dpo"}}), "dataset.format"),
             (json!({"dataset": {"template": "llama3"}}), "dataset.template"),
@@ -371,7 +420,7 @@ mod tests {
     fn a_data_set_may_name_its_columns_and_bring_its_template() {
         let template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}";
         let columns = json!({"instruction": "question", "output": "answer"});
-        let spec = JobSpec::parse(&request(json!({"dataset": {"columns": columns, "template": template}})));
+        let spec = parse(&request(json!({"dataset": {"columns": columns, "template": template}})));
         let spec = spec.expect("a good request");
         let shown = serde_json::to_value(DatasetFields::from(&spec.train)).expect("JSON");
         assert_eq!(
@@ -383,19 +432,37 @@ mod tests {
     }
 
     #[test]
+    fn a_job_with_everything_says_what_it_will_do() {
+        let validation_file = FileId::new();
+        let spec = parse(&request(json!({
+            "validation_file": validation_file, "lora": {"dropout": 0.1, "init_from": "ft:m:lorad::abcd1234"},
+            "training": {"lr_scheduler": "cosine", "optimizer": "adamw_8bit", "packing": false, "eval_steps": 4,
+                         "early_stopping": {"min_delta": 0.01}},
+        })));
+        let spec = spec.expect("a good request");
+        assert_eq!(spec.validation_file, Some(validation_file));
+        assert_eq!((spec.train.lora.r, spec.train.lora.dropout), (4, 0.1));
+        assert_eq!(spec.init_from.expect("an adapter").name, "ft:m:lorad::abcd1234");
+        let shown = serde_json::to_value(TrainingFields::from(&spec.train)).expect("JSON");
+        let picked = ["lr_scheduler", "optimizer", "packing", "eval_steps"].map(|name| shown[name].clone());
+        assert_eq!(picked, [json!("cosine"), json!("adamw_8bit"), json!(false), json!(4)]);
+        assert_eq!(shown["early_stopping"], json!({"patience": 3, "min_delta": 0.01}));
+    }
+
+    #[test]
     fn a_missing_field_and_broken_json_are_told_apart() {
-        let missing = JobSpec::parse(br#"{"model": "tiny"}"#).expect_err("no file");
+        let missing = parse(br#"{"model": "tiny"}"#).expect_err("no file");
         assert_eq!(missing.param.as_deref(), Some("training_file"));
         for broken in [&b"{"[..], b"", b"{} {}", b"\xff"] {
-            let error = JobSpec::parse(broken).expect_err("not JSON");
+            let error = parse(broken).expect_err("not JSON");
             assert!(error.param.is_none() || broken == b"{} {}", "{error}");
         }
-        assert_eq!(JobSpec::parse(b"[]").expect_err("no object").param, None);
+        assert_eq!(parse(b"[]").expect_err("no object").param, None);
     }
 
     #[test]
     fn a_field_that_holds_its_default_is_fine() {
-        let spec = JobSpec::parse(&request(json!({
+        let spec = parse(&request(json!({
             "validation_file": null, "integrations": [], "priority": 0, "quantization": "auto", "suffix": null,
             "lora": {"dropout": 0.0, "init_from": null}, "dataset": {"columns": null, "template": "auto"},
             "training": {"compute": "f32", "packing": true, "eval_steps": null, "optimizer": "adamw"},
@@ -410,7 +477,7 @@ mod tests {
         let method = |n: u32| json!({"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": n}}});
         let (param, _) = refused(json!({"hyperparameters": {"n_epochs": 2}, "method": method(3)}));
         assert_eq!(param.as_deref(), Some("hyperparameters"));
-        let same = JobSpec::parse(&request(json!({"hyperparameters": {"n_epochs": 3}, "method": method(3)})));
+        let same = parse(&request(json!({"hyperparameters": {"n_epochs": 3}, "method": method(3)})));
         assert_eq!(same.expect("they agree").train.n_epochs, 3);
     }
 }

@@ -1,4 +1,4 @@
-//! What a worker and the server say to each other, version 1.
+//! What a worker and the server say to each other, version 2.
 //!
 //! Every request carries `Authorization: Bearer <attempt token>` and [`VERSION_HEADER`]. The task and everything about it
 //! hang on the token, so no path names a job. A repeated request changes nothing. Once the attempt has ended, or its job
@@ -11,11 +11,11 @@ use serde_json::Value;
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
 use super::attempt::TaskKind;
 use super::event::{EventType, Level};
-use super::ids::{AttemptId, FileId, JobId};
+use super::ids::{ArtifactId, AttemptId, FileId, JobId};
 use super::metric::Metric;
 
 /// The version that this build speaks.
-pub const VERSION: &str = "1";
+pub const VERSION: &str = "2";
 /// The header that carries it.
 pub const VERSION_HEADER: &str = "lorad-worker-protocol";
 /// The error code of a request that comes too late.
@@ -25,6 +25,10 @@ pub const ATTEMPT_ENDED: &str = "attempt_ended";
 pub const TASK_PATH: &str = "/internal/v1/worker/task";
 /// `GET`: the bytes of the training file.
 pub const TRAINING_FILE_PATH: &str = "/internal/v1/worker/training_file";
+/// `GET`: the bytes of the validation file.
+pub const VALIDATION_FILE_PATH: &str = "/internal/v1/worker/validation_file";
+/// `GET`: the bytes of the adapter to begin with, a `.tar` as artifacts are.
+pub const INIT_FROM_PATH: &str = "/internal/v1/worker/init_from";
 /// `GET`: the bytes of the checkpoint to resume from.
 pub const CHECKPOINT_PATH: &str = "/internal/v1/worker/checkpoint";
 /// `POST` [`Heartbeat`]: [`HeartbeatReply`].
@@ -54,7 +58,11 @@ pub struct Task {
     /// The frozen model.
     pub base_model: BaseModel,
     /// The data set.
-    pub training_file: TrainingFile,
+    pub training_file: DataFile,
+    /// The data set whose loss is watched.
+    pub validation_file: Option<DataFile>,
+    /// The adapter to begin with; a training that resumes has no use for it.
+    pub init_from: Option<StartAdapter>,
     /// Where to go on from.
     pub resume: Option<Resume>,
     /// Name of the model that the training makes, `ft:…`.
@@ -74,9 +82,20 @@ pub struct BaseModel {
     pub name: String,
 }
 
-/// The data set.
+/// The adapter that a training begins with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TrainingFile {
+pub struct StartAdapter {
+    /// Its id.
+    pub id: ArtifactId,
+    /// Number of bytes.
+    pub size_bytes: u64,
+    /// Hash of the bytes, in hexadecimal digits.
+    pub sha256: String,
+}
+
+/// A data set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFile {
     /// Its id.
     pub id: FileId,
     /// The name it was uploaded under.

@@ -153,6 +153,30 @@ fn pack(folder: &Path, progress: &Progress) -> lorad_engine::Result<PathBuf> {
     Ok(target)
 }
 
+/// Unpacks an adapter's archive into a folder of `scratch`: the two files that PEFT reads, and nothing else that may be in it.
+///
+/// # Errors
+/// An archive that cannot be read or lacks one of the two.
+pub(super) fn unpack_adapter(archive: &Path, scratch: &Path) -> lorad_engine::Result<PathBuf> {
+    const NAMES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+    let folder = scratch.join("init_from_adapter");
+    std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+    let mut reader = tar::Archive::new(File::open(archive).map_err(Error::io(archive))?);
+    for entry in reader.entries().map_err(Error::io(archive))? {
+        let mut entry = entry.map_err(Error::io(archive))?;
+        let path = entry.path().map_err(Error::io(archive))?;
+        if let Some(name) = NAMES.into_iter().find(|name| path == Path::new(name)) {
+            let target = folder.join(name);
+            let mut file = File::create(&target).map_err(Error::io(&target))?;
+            std::io::copy(&mut entry, &mut file).map_err(Error::io(&target))?;
+        }
+    }
+    match NAMES.into_iter().find(|name| !folder.join(name).is_file()) {
+        None => Ok(folder),
+        Some(name) => Err(Error::Adapter(format!("the archive to begin with has no {name}"))),
+    }
+}
+
 /// What sets the merged model's name off from its base's: the suffix that the job was given. Not the random end of the model's
 /// name: the same job made again gives the same bytes.
 fn name_suffix(model_name: &str) -> &str {

@@ -7,6 +7,9 @@ use crate::types::event::{EventType, Level};
 use crate::types::worker_protocol::{Finish, WorkerEvent};
 use lorad_engine::data::Report;
 
+/// How serious it is, a sentence, figures.
+type Finding = (Level, String, Option<serde_json::Value>);
+
 /// Paths of this machine that an error may name and the job's owner must not see.
 pub(super) struct Ours {
     /// The base model's file.
@@ -26,22 +29,40 @@ impl Ours {
     }
 }
 
+/// What went wrong on the engine's thread.
+pub(super) enum Fault {
+    /// While the validation file was read.
+    OfValidationFile(lorad_engine::Error),
+    /// At any other time.
+    Other(lorad_engine::Error),
+}
+
+impl From<lorad_engine::Error> for Fault {
+    fn from(error: lorad_engine::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
 /// The engine's error as the end of the job, if trying again could not help.
 ///
 /// # Errors
 /// The error itself, where another attempt may fare better (a full disk, a damaged download).
-pub(super) fn of_engine(error: lorad_engine::Error, ours: &Ours) -> anyhow::Result<Finish> {
+pub(super) fn of_engine(fault: Fault, ours: &Ours) -> anyhow::Result<Finish> {
     use lorad_engine::Error;
     use lorad_engine::data::DatasetError;
+    let (error, param) = match fault {
+        Fault::OfValidationFile(error) => (error, "validation_file"),
+        Fault::Other(error) => (error, "training_file"),
+    };
     let message = ours.hide(&error.to_string());
     match error {
         Error::Dataset(DatasetError::Io { .. }) | Error::Io { .. } | Error::Tensor(_) | Error::Checkpoint(_) => {
             Err(error.into())
         }
         Error::Dataset(error) => {
-            let events = error.report().map(|report| findings(report, &[])).unwrap_or_default();
-            let param = Some("training_file".to_owned());
-            Ok(Finish::Failed { code: error.code().to_owned(), message, param, events })
+            let events = error.report().map(|report| findings((report, &[]), None)).unwrap_or_default();
+            let code = error.code().replace("training_file", param);
+            Ok(Finish::Failed { code, message, param: Some(param.to_owned()), events })
         }
         Error::Model(_) | Error::UnsupportedArchitecture(_) | Error::Tokenizer(_) | Error::Template(_) => {
             tracing::info!(base = %ours.base.display(), "this base model cannot be used");
@@ -67,10 +88,24 @@ pub(super) fn of_hub(error: hub::Error) -> anyhow::Result<Finish> {
     Ok(failed(code, error.to_string(), Some("model")))
 }
 
-/// What the owner of a data set should know about it: every listed bad row, what was cut or left out, and which of its special
-/// tokens the base model never learnt.
-pub(super) fn findings(report: &Report, untrained_tokens: &[String]) -> Vec<WorkerEvent> {
-    let mut findings: Vec<(Level, String, Option<serde_json::Value>)> =
+/// What the owner of the data sets should know about them; `untrained` are special tokens that the base model never learnt.
+pub(super) fn findings((training, untrained): (&Report, &[String]), validation: Option<&Report>) -> Vec<WorkerEvent> {
+    let of_validation = validation.map(|report| of_report(report, &[])).unwrap_or_default().into_iter();
+    let of_validation =
+        of_validation.map(|(level, message, data)| (level, format!("validation file: {message}"), data));
+    let event = |(worker_seq, (level, message, data))| WorkerEvent {
+        worker_seq,
+        level,
+        kind: EventType::Message,
+        message,
+        data,
+    };
+    (1..).zip(of_report(training, untrained).into_iter().chain(of_validation)).map(event).collect()
+}
+
+/// Every listed bad row, what was cut or left out, and which of its special tokens the base model never learnt.
+fn of_report(report: &Report, untrained_tokens: &[String]) -> Vec<Finding> {
+    let mut findings: Vec<Finding> =
         report.bad_rows.iter().map(|row| (Level::Error, row.to_string(), serde_json::to_value(row).ok())).collect();
     let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
     if report.bad_row_count > 0 {
@@ -97,14 +132,7 @@ pub(super) fn findings(report: &Report, untrained_tokens: &[String]) -> Vec<Work
         );
         findings.push((Level::Warn, message, None));
     }
-    let event = |(worker_seq, (level, message, data))| WorkerEvent {
-        worker_seq,
-        level,
-        kind: EventType::Message,
-        message,
-        data,
-    };
-    (1..).zip(findings).map(event).collect()
+    findings
 }
 
 fn failed(code: &str, message: String, param: Option<&str>) -> Finish {

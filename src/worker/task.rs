@@ -11,18 +11,21 @@ use lorad_engine::data;
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::{Llama, untrained_tokens};
 use lorad_engine::tokenizer::Tokenizer;
-use lorad_engine::train::{self, Checkpoint, Start, StepMetrics, TrainEvent};
+use lorad_engine::train::{self, Best, Checkpoint, Outcome, Start, StepMetrics, TrainEvent};
 use tokio::sync::{mpsc, oneshot};
 
 use super::Progress;
 use super::artifacts::{self, Made, Trained};
 use super::client::{Client, Error};
-use super::failure::{self, Ours};
+use super::failure::{self, Fault, Ours};
 use super::report::{self, Report};
 use crate::hub::{self, BaseModel, Hub};
 use crate::types::attempt::TaskKind;
+use crate::types::event::{EventType, Level};
 use crate::types::metric::Metric;
-use crate::types::worker_protocol::{CHECKPOINT_PATH, Finish, TRAINING_FILE_PATH, Task};
+use crate::types::worker_protocol::{
+    CHECKPOINT_PATH, DataFile, Finish, INIT_FROM_PATH, TRAINING_FILE_PATH, Task, VALIDATION_FILE_PATH, WorkerEvent,
+};
 
 /// How long a download that fails is tried again before the job fails.
 const DOWNLOAD_PATIENCE: Duration = Duration::from_secs(180);
@@ -46,8 +49,11 @@ pub(super) async fn perform(
     progress.made();
     let training_file = scratch.join("training_file");
     client.download(TRAINING_FILE_PATH, &training_file, &task.training_file.sha256).await?;
+    let validation_file =
+        fetch(client, VALIDATION_FILE_PATH, scratch, task.validation_file.as_ref().map(sha256)).await?;
     progress.made();
-    let inputs = Inputs { base, training_file, scratch: scratch.to_owned(), task: task.clone() };
+    let scratch = scratch.to_owned();
+    let inputs = Inputs { base, training_file, validation_file, scratch, task: task.clone() };
     match task.kind {
         TaskKind::Validate => validate(inputs, progress).await,
         TaskKind::Train => train(client, inputs, progress).await,
@@ -77,10 +83,28 @@ async fn fetch_base(
     }
 }
 
+fn sha256(file: &DataFile) -> &str {
+    &file.sha256
+}
+
+/// Downloads what the task has, under the last part of its path.
+async fn fetch(
+    client: &Client,
+    path: &'static str,
+    scratch: &Path,
+    sha256: Option<&str>,
+) -> Result<Option<PathBuf>, Error> {
+    let Some(sha256) = sha256 else { return Ok(None) };
+    let target = scratch.join(path.rsplit('/').next().unwrap_or(path));
+    client.download(path, &target, sha256).await?;
+    Ok(Some(target))
+}
+
 /// What the engine's thread works on.
 struct Inputs {
     base: PathBuf,
     training_file: PathBuf,
+    validation_file: Option<PathBuf>,
     scratch: PathBuf,
     task: Task,
 }
@@ -102,22 +126,24 @@ impl Inputs {
 
 async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
     let ours = inputs.ours();
-    let report = on_engine_thread(move || {
+    let reports = on_engine_thread(move || {
         let (base, llama, tokenizer) = inputs.load_model(&progress)?;
         artifacts::check(&inputs.task, &base, &tokenizer)?;
         let context_length = llama.config().context_length;
         let mut on_progress = || progress.made();
-        let report =
-            data::validate(&inputs.training_file, &inputs.task.spec, &tokenizer, context_length, &mut on_progress)?;
-        let untrained = untrained_tokens(&base, &report.control_tokens)?.into_iter();
+        let mut read = |path| data::validate(path, &inputs.task.spec, &tokenizer, context_length, &mut on_progress);
+        let training = read(&inputs.training_file)?;
+        let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
+        let untrained = untrained_tokens(&base, &training.control_tokens)?.into_iter();
         let untrained = untrained.filter_map(|id| tokenizer.token_text(id)).map(str::to_owned).collect::<Vec<_>>();
-        Ok((report, untrained))
+        Ok((training, untrained, validation))
     });
-    Ok(match report.await? {
-        Ok((report, untrained)) => {
-            Finish::Succeeded { trained_tokens: None, events: failure::findings(&report, &untrained) }
+    Ok(match reports.await? {
+        Ok((training, untrained, validation)) => {
+            let events = failure::findings((&training, &untrained), validation.as_ref());
+            Finish::Succeeded { trained_tokens: None, events }
         }
-        Err(error) => failure::of_engine(error, &ours)?,
+        Err(fault) => failure::of_engine(fault, &ours)?,
     })
 }
 
@@ -130,33 +156,46 @@ async fn train(client: &Client, inputs: Inputs, progress: Progress) -> Result<Fi
             Some(path)
         }
     };
+    let adapter = inputs.task.init_from.as_ref().filter(|_| checkpoint.is_none());
+    let adapter = adapter.map(|adapter| adapter.sha256.as_str());
+    let init_from = fetch(client, INIT_FROM_PATH, &inputs.scratch, adapter).await?;
+    let begin = Begin { checkpoint, init_from };
     let ours = inputs.ours();
     let (outbox, inbox) = mpsc::channel(report::CAPACITY);
-    let engine =
-        async { Ok(on_engine_thread(move || train_and_export(&inputs, checkpoint, &outbox, &progress)).await?) };
+    let engine = async { Ok(on_engine_thread(move || train_and_export(&inputs, begin, &outbox, &progress)).await?) };
     let (trained, ()) = tokio::try_join!(engine, report::forward(client.clone(), inbox))?;
     Ok(match trained {
-        Ok(trained_tokens) => Finish::Succeeded { trained_tokens: Some(trained_tokens), events: Vec::new() },
-        Err(error) => failure::of_engine(error, &ours)?,
+        Ok((trained_tokens, events)) => Finish::Succeeded { trained_tokens: Some(trained_tokens), events },
+        Err(fault) => failure::of_engine(fault, &ours)?,
     })
 }
 
-/// Everything of a training that happens on the engine's thread; returns the tokens that had a loss.
+/// Where a training begins: files that were downloaded.
+struct Begin {
+    checkpoint: Option<PathBuf>,
+    init_from: Option<PathBuf>,
+}
+
+/// Everything of a training that happens on the engine's thread; returns the tokens that had a loss, and what the owner should
+/// know at the end.
 fn train_and_export(
     inputs: &Inputs,
-    resume: Option<PathBuf>,
+    begin: Begin,
     outbox: &mpsc::Sender<Report>,
     progress: &Progress,
-) -> lorad_engine::Result<i64> {
+) -> Result<(i64, Vec<WorkerEvent>), Fault> {
     let task = &inputs.task;
     let (base, llama, tokenizer) = inputs.load_model(progress)?;
     let context_length = llama.config().context_length;
-    let dataset =
-        data::prepare(&inputs.training_file, &task.spec, &tokenizer, context_length, &inputs.scratch, &mut || {
-            progress.made()
-        })?;
+    let read = |path: &Path| {
+        let scratch = &inputs.scratch;
+        data::prepare(path, &task.spec, &tokenizer, context_length, scratch, &mut || progress.made())
+    };
+    let dataset = read(&inputs.training_file)?;
+    let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
     progress.made();
-    let resume = resume.map(|path| Checkpoint::load(&path)).transpose()?;
+    let resume = begin.checkpoint.map(|path| Checkpoint::load(&path)).transpose()?;
+    let init_from = begin.init_from.map(|archive| artifacts::unpack_adapter(&archive, &inputs.scratch)).transpose()?;
     let mut saved = Ok(());
     let mut train_loss = task.resume.as_ref().and_then(|resume| resume.train_loss);
     let mut on_event = |event: TrainEvent<'_>| {
@@ -184,7 +223,7 @@ fn train_and_export(
         send(outbox, report)
     };
     let checkpoint_interval = Some(Duration::from_secs(task.checkpoint_seconds));
-    let start = Start { resume, init_from: None, validation: None, checkpoint_interval };
+    let start = Start { resume, init_from, validation: validation.as_ref(), checkpoint_interval };
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
     if outcome.completed {
@@ -197,7 +236,23 @@ fn train_and_export(
             }
         }
     }
-    Ok(outcome.trained_tokens.cast_signed())
+    Ok((outcome.trained_tokens.cast_signed(), outcome.best.map(|best| best_of(&outcome, best)).into_iter().collect()))
+}
+
+/// Tells which evaluation's adapter is the result of a training with early stopping.
+fn best_of(outcome: &Outcome, best: Best) -> WorkerEvent {
+    let stopped =
+        if outcome.stopped_early { format!("Stopped early at step {}: ", outcome.step) } else { String::new() };
+    let Best { step, loss, .. } = best;
+    WorkerEvent {
+        worker_seq: 1,
+        level: Level::Info,
+        kind: EventType::Message,
+        message: format!(
+            "{stopped}the best full validation loss, {loss:.4}, is that of step {step}, whose adapter is the result"
+        ),
+        data: None,
+    }
 }
 
 /// Breaks once nobody listens any more: the process is about to end.
@@ -219,6 +274,8 @@ fn metric(step: &StepMetrics) -> Metric {
         grad_norm: step.grad_norm,
         trained_tokens: step.trained_tokens.cast_signed(),
         step_ms: step.step_ms.cast_signed(),
+        valid_loss: step.evaluation.map(|evaluation| evaluation.loss),
+        valid_mean_token_accuracy: step.evaluation.map(|evaluation| evaluation.token_accuracy),
     }
 }
 

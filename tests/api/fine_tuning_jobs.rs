@@ -55,7 +55,10 @@ async fn what_is_wrong_with_a_request_is_named() {
         (json!({"training": {"max_seq_length": 1}}), "training.max_seq_length"),
         (json!({"hyperparameters": {"batch_size": 0}}), "hyperparameters.batch_size"),
         (json!({"method": {"type": "dpo"}}), "method.type"),
-        (json!({"validation_file": file}), "validation_file"),
+        (json!({"validation_file": lorad::types::ids::FileId::new()}), "validation_file"),
+        (json!({"training": {"early_stopping": {}}}), "training.early_stopping"),
+        (json!({"lora": {"init_from": "ft:tiny:lorad::nothing"}}), "lora.init_from"),
+        (json!({"lora": {"init_from": lorad::types::ids::ArtifactId::new()}}), "lora.init_from"),
         (json!({"artifacts": [{"type": "gguf", "quantization": "q4_k_m"}]}), "artifacts[0].quantization"),
         (json!({"training_file": lorad::types::ids::FileId::new()}), "training_file"),
     ];

@@ -34,15 +34,82 @@ async fn a_worker_gets_its_task_and_its_bytes() {
 }
 
 #[tokio::test]
+async fn a_worker_gets_the_validation_file_and_the_adapter_to_begin_with() {
+    let app = TestApp::start().await;
+    let first = app.create_job(json!({"lora": {"r": 4}})).await;
+    let worker = app.take_up(TaskKind::Validate).await;
+    refused(&worker, Method::GET, "validation_file", json!({}), StatusCode::BAD_REQUEST).await;
+    worker.finish(json!({"result": "succeeded"})).await;
+    app.train(1).await;
+    let model = text(&app.get_json(&format!("/v1/fine_tuning/jobs/{}", text(&first["id"]))).await["fine_tuned_model"]);
+    let artifacts = app.get_json(&format!("/v1/fine_tuning/jobs/{}/artifacts", text(&first["id"]))).await;
+
+    for name in [model, column(&artifacts, "id")[0].clone()] {
+        let held = app.upload(&ROWS.repeat(12)).await;
+        let lora = json!({"init_from": name, "dropout": 0.1});
+        let job = app.create_job(json!({"validation_file": held, "lora": lora})).await;
+        assert_eq!((&job["lora"]["r"], &job["lora"]["init_from"]), (&json!(4), &json!(name)));
+        assert_eq!(job["validation_file"], held);
+        let worker = app.take_up(TaskKind::Validate).await;
+        let task = worker.get("task").await;
+        let rows = ROWS.repeat(12);
+        assert_eq!(task["validation_file"]["sha256"], hex::encode(Sha256::digest(&rows)));
+        let bytes = worker.request(Method::GET, "validation_file").send().await.expect("an answer");
+        assert_eq!(bytes.bytes().await.expect("a body"), rows);
+        assert_eq!(task["init_from"], Value::Null, "a validation has no use for it");
+        worker.finish(json!({"result": "succeeded"})).await;
+        let in_use = app.request(Method::DELETE, &format!("/v1/files/{held}")).send().await.expect("an answer");
+        assert_eq!(error(in_use, StatusCode::BAD_REQUEST).await["code"], "file_in_use");
+
+        let worker = app.take_up(TaskKind::Train).await;
+        let task = worker.get("task").await;
+        assert_eq!(task["init_from"]["sha256"], hex::encode(Sha256::digest(b"0123456789")));
+        let bytes = worker.request(Method::GET, "init_from").send().await.expect("an answer");
+        assert_eq!(bytes.bytes().await.expect("a body"), &b"0123456789"[..]);
+        worker.finish(json!({"result": "failed", "code": "training_failed", "message": "enough"})).await;
+    }
+}
+
+#[tokio::test]
+async fn an_evaluation_is_shown_in_events_checkpoints_and_the_result_file() {
+    let app = TestApp::start().await;
+    let held = app.upload(&ROWS.repeat(12)).await;
+    let job = app.create_job(json!({"validation_file": held, "training": {"eval_steps": 2}})).await;
+    let path = format!("/v1/fine_tuning/jobs/{}", text(&job["id"]));
+    let messages = column(&app.get_json(&format!("{path}/events")).await, "message");
+    let validating = format!("Validating training file: {} and validation file: {held}", text(&job["training_file"]));
+    assert_eq!(messages[0], validating);
+    app.validate().await;
+    let worker = app.take_up(TaskKind::Train).await;
+    let mut evaluated = metric(2, 2);
+    (evaluated["valid_loss"], evaluated["valid_mean_token_accuracy"]) = (json!(1.25), json!(0.75));
+    worker.post("events", &json!({"metrics": [metric(1, 2), evaluated]})).await;
+    worker.put_checkpoint(2, true, b"state").await;
+    let figures = json!({"step": 2, "train_loss": 1.0, "train_mean_token_accuracy": 0.5, "valid_loss": 1.25,
+        "full_valid_loss": 1.25, "valid_mean_token_accuracy": 0.75, "full_valid_mean_token_accuracy": 0.75});
+    assert_eq!(app.get_json(&format!("{path}/checkpoints")).await["data"][0]["metrics"], figures);
+    let event = app.get_json(&format!("{path}/events?limit=2")).await["data"][1].clone();
+    assert_eq!(event["message"], "Step 2/2: training loss=1.00, validation loss=1.25, full validation loss=1.25");
+    assert_eq!((&event["data"]["total_steps"], &event["data"]["full_valid_loss"]), (&json!(2), &json!(1.25)));
+    worker.put_artifact("type=adapter&filename=adapter.tar", b"0123456789").await;
+    worker.put_artifact("type=gguf&quantization=q8_0&filename=model-q8_0.gguf", b"GGUF").await;
+    worker.finish(json!({"result": "succeeded"})).await;
+    let result = text(&app.get_json(&path).await["result_files"][0]);
+    let csv = app.get(&format!("/v1/files/{result}/content")).await.text().await.expect("text");
+    let lines: Vec<&str> = csv.lines().collect();
+    assert_eq!(lines[1..], ["1,2,0.5,,", "2,1,0.5,1.25,0.75"]);
+}
+
+#[tokio::test]
 async fn a_wrong_token_or_another_version_is_refused() {
     let app = TestApp::start().await;
     app.create_job(json!({})).await;
     let worker = app.take_up(TaskKind::Validate).await;
     let wrong = app.worker("no token");
     refused(&wrong, Method::GET, "task", json!({}), StatusCode::UNAUTHORIZED).await;
-    let response = worker.request_in_version(Method::GET, "task", "2").send().await.expect("an answer");
+    let response = worker.request_in_version(Method::GET, "task", "1").send().await.expect("an answer");
     let error = error(response, StatusCode::BAD_REQUEST).await;
-    assert!(text(&error["message"]).contains("protocol 1"), "{error}");
+    assert!(text(&error["message"]).contains("protocol 2"), "{error}");
 }
 
 #[tokio::test]

@@ -247,10 +247,16 @@ impl Home {
 
     /// Waits for a step to be reported; `false`: the job has come to its end by now.
     pub(crate) async fn trained_a_step(&self, id: &str) -> bool {
+        self.trained_steps(id, 1).await
+    }
+
+    /// Waits for that many steps to be reported; `false`: the job has come to its end by now.
+    pub(crate) async fn trained_steps(&self, id: &str, steps: usize) -> bool {
         let begin = Instant::now();
         loop {
-            let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=100")).await;
-            let trained = events["data"].as_array().expect("a list").iter().any(|event| event["type"] == "metrics");
+            let events = self.get(&format!("/fine_tuning/jobs/{id}/events?limit=1000")).await;
+            let is_step = |event: &&Value| event["type"] == "metrics";
+            let trained = events["data"].as_array().expect("a list").iter().filter(is_step).count() >= steps;
             let job = self.job(id).await;
             if is_final(&job) || trained {
                 return !is_final(&job);

@@ -72,6 +72,50 @@ async fn a_killed_worker_is_replaced_and_changes_nothing() {
     }
 }
 
+/// Everything that has a state of its own: masks, an evaluation every few steps, the best one so far, moments in 8 bits.
+fn run_with_everything(held: &str) -> Value {
+    json!({
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 30}}},
+        "lora": {"r": 64, "dropout": 0.1}, "validation_file": held,
+        "training": {"learning_rate": 0.01, "optimizer": "adamw_8bit", "lr_scheduler": "cosine", "eval_steps": 3, "save_steps": 7,
+                     "early_stopping": {"patience": 4}},
+        "artifacts": [{"type": "adapter"}],
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_run_with_dropout_validation_early_stopping_and_8_bit_moments_ends_with_the_same_bytes() {
+    let home = Home::start(&[("LORAD__WORKERS__CHECKPOINT_SECONDS", "1")]).await;
+    let file = home.upload(rows(40)).await;
+    let held = home.upload(rows(60).lines().skip(40).map(|row| format!("{row}\n")).collect::<String>()).await;
+    let undisturbed = home.create(&file, run_with_everything(&held)).await;
+    let job = home.finished(&undisturbed).await;
+    assert_eq!(job["status"], "succeeded", "{job}");
+    let (story, artifacts) = (home.story(&undisturbed).await, home.artifacts(&undisturbed).await);
+    let tells = |words: &str| story.iter().any(|line| line.contains(words));
+    assert!(tells("full validation loss=") && tells("Stopped early at step"), "{story:?}");
+
+    // Killed at moments that follow each other through the whole run: after the first step, then ever later.
+    let mut hits = 0;
+    for pause in 0..TRIES {
+        let before = home.attempts();
+        let id = home.create(&file, run_with_everything(&held)).await;
+        let wanted = 1 + pause * 9;
+        if home.trained_steps(&id, wanted).await {
+            home.kill_workers();
+        }
+        let job = home.finished(&id).await;
+        assert_eq!(job["status"], "succeeded", "killed after step {wanted}: {job}");
+        assert_eq!(home.story(&id).await, story, "killed after step {wanted}");
+        assert_eq!(home.artifacts(&id).await, artifacts, "killed after step {wanted}");
+        hits += usize::from(home.attempts() - before == 3);
+        if hits == 4 {
+            return;
+        }
+    }
+    assert!(hits > 0, "no worker could be hit");
+}
+
 /// Kills the worker in that phase of the job; `false`: it was over too soon.
 async fn kill_in(home: &Home, id: &str, phase: &Phase, attempts_before: usize) -> bool {
     if phase.name == "a step" && !home.trained_a_step(id).await {
