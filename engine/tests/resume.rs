@@ -6,7 +6,7 @@ mod support;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use lorad_engine::data::{Dataset, MicroBatch};
+use lorad_engine::data::{Dataset, MicroBatch, Row};
 use lorad_engine::model::Llama;
 use lorad_engine::ops::cross_entropy::Loss;
 use lorad_engine::ops::matmul::Compute;
@@ -14,7 +14,7 @@ use lorad_engine::spec::{
     ComputeType, EarlyStopping, LrScheduler, Optimizer, TrainOptions, TrainSpec, TrainingOptions,
 };
 use lorad_engine::testing::TinyModel;
-use lorad_engine::train::{Checkpoint, Outcome, Start, StepMetrics, TrainEvent, train};
+use lorad_engine::train::{Checkpoint, Outcome, Start, StepMetrics, TrainEvent, estimate, measure_rate, train};
 use support::{dataset, kept, random_lora, rows, tiny};
 
 fn spec(change: impl FnOnce(&mut TrainOptions)) -> TrainSpec {
@@ -160,6 +160,53 @@ fn a_validation_data_set_is_evaluated_each_epoch_and_at_the_end() {
     assert_eq!(message, "training.eval_steps needs a validation data set, got `4` without one");
     let message = refused(|o| o.training.early_stopping = Some(EarlyStopping::default()));
     assert!(message.starts_with("training.early_stopping needs a validation data set"), "{message}");
+}
+
+#[test]
+fn a_small_memory_budget_keeps_fewer_layers_for_the_whole_run_and_the_same_bits() {
+    let (_, model) = tiny(&TinyModel::default());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint");
+    let results: Vec<(Vec<f32>, String)> = [Some(0), Some(u64::MAX), None]
+        .into_iter()
+        .map(|memory_budget_bytes| {
+            let start = Start { memory_budget_bytes, ..Start::default() };
+            let outcome = train(&spec(|_| {}), &model, &dataset(13), start, &mut |event| {
+                if let TrainEvent::Checkpoint { checkpoint, .. } = event {
+                    checkpoint.save(&path).unwrap();
+                }
+                ControlFlow::Continue(())
+            });
+            let saved = String::from_utf8_lossy(&std::fs::read(&path).unwrap()[..2000]).into_owned();
+            (outcome.unwrap().lora.flat().to_vec1().unwrap(), saved)
+        })
+        .collect();
+    assert!(results.iter().all(|(values, _)| *values == results[0].0));
+    let says = |index: usize, layers: usize| results[index].1.contains(&format!(r#"\"kept_layers\":{layers},"#));
+    assert!(says(0, 0) && says(1, 2) && says(2, 2), "{}", results[0].1);
+}
+
+#[test]
+fn an_estimate_counts_what_a_run_does() {
+    let (_, model) = tiny(&TinyModel::default());
+    let (data, validation) = (dataset(13), dataset(5));
+    let spec = spec(|options| options.training.packing = Some(false));
+    let estimated = estimate(&spec, &model, &data, Some(&validation), Some(1000.0)).unwrap();
+    assert_eq!((estimated.total_steps, estimated.kept_layers, estimated.layers), (9, 2, 2));
+    let widest = |rows: &[Row]| rows.iter().map(|row| row.tokens.len()).max().unwrap() * rows.len();
+    let evaluated: usize = rows(5).chunks(2).map(widest).sum();
+    assert_eq!(estimated.evaluated_tokens, 3 * evaluated as u64);
+    assert!(estimated.largest_micro_batch <= 90 && estimated.tokens > 9 * 5 * 5);
+    let seconds = estimated.tokens as f64 / 1000.0 + evaluated as f64 / 1000.0;
+    assert!((estimated.seconds.unwrap() - seconds).abs() < 1e-9);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint");
+    let (outcome, _) = run_with(&spec, &model, (&data, Some(&validation)), &path, u32::MAX);
+    let near = |bytes: u64, path: &Path| (0..20_000).contains(&(std::fs::metadata(path).unwrap().len() - bytes));
+    assert!(near(estimated.checkpoint_bytes, &path));
+    outcome.lora.save_peft(folder.path(), "tiny").unwrap();
+    assert!(near(estimated.adapter_bytes, &folder.path().join("adapter_model.safetensors")));
+    assert!(measure_rate(&spec, &model, &data).unwrap() > 0.0);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lorad_engine::adapter::{LoraParams, peft_spec};
-use lorad_engine::data;
+use lorad_engine::data::{self, Dataset};
 use lorad_engine::export::{ModelCard, Quantization, TrainingFacts, merged_lora};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
@@ -21,7 +21,7 @@ use lorad_engine::spec::{
     TrainingOptions,
 };
 use lorad_engine::tokenizer::Tokenizer;
-use lorad_engine::train::{self, Checkpoint, Evaluation, Start, StepMetrics, TrainEvent};
+use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Start, StepMetrics, TrainEvent};
 
 use super::dataset::{DatasetArgs, describe, list_bad_rows, untrained_texts, write_untrained};
 use super::{ModelArgs, export, named, stop_on_ctrl_c};
@@ -49,6 +49,9 @@ pub struct TrainArgs {
     /// Folder for what is made
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Say what the run would need (steps, time, memory, disk), measured on two passes of one micro-batch, and stop
+    #[arg(long, conflicts_with = "resume")]
+    estimate: bool,
     /// Go on from the checkpoint in --out
     #[arg(long)]
     resume: bool,
@@ -228,10 +231,14 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let dataset = read(&args.data, &spec, "train on")?;
     write_untrained(&mut std::io::stderr(), &untrained_texts(&file, &tokenizer, &dataset.report)?)?;
     let validation = args.validation.as_ref().map(|path| read(path, &spec, "evaluate")).transpose()?;
+    if args.estimate {
+        return tell_estimate(&spec, &model, &dataset, validation.as_ref());
+    }
     let start = Start {
         resume: resume_point(args)?,
         init_from: args.init_from.clone(),
         validation: validation.as_ref(),
+        memory_budget_bytes: None,
         checkpoint_interval: Some(CHECKPOINT_INTERVAL),
     };
     let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
@@ -287,6 +294,27 @@ fn merge(
         bail!("stopped before the merged model was whole; the same command with --resume goes on from there");
     }
     paths.iter().for_each(|path| eprintln!("merged model: {}", path.display()));
+    Ok(())
+}
+
+/// Prints what a run would need, a name and a value a line.
+fn tell_estimate(
+    spec: &TrainSpec,
+    model: &Llama,
+    dataset: &Dataset,
+    validation: Option<&Dataset>,
+) -> anyhow::Result<()> {
+    // Memory is looked at before the passes that measure the rate take theirs.
+    let before = train::estimate(spec, model, dataset, validation, None)?;
+    let rate = train::measure_rate(spec, model, dataset)?;
+    let timed = train::estimate(spec, model, dataset, validation, Some(rate))?;
+    let estimate = Estimate { seconds: timed.seconds, ..before };
+    let mut out = std::io::stdout().lock();
+    let fields = serde_json::to_value(&estimate)?;
+    for (name, value) in fields.as_object().into_iter().flatten() {
+        writeln!(out, "{name} {value}")?;
+    }
+    writeln!(out, "tokens_per_second {rate:.1}")?;
     Ok(())
 }
 

@@ -1,8 +1,8 @@
 //! The body of `POST /v1/fine_tuning/jobs` as it comes over the wire, before any of it is believed.
 
 use lorad_engine::spec::{
-    BASE_LEARNING_RATE, Columns, ComputeType, DatasetFormat, EarlyStopping, GradientCheckpointing, LrScheduler, Optimizer, Target,
-    Template, TrainOn, TrainSpec,
+    BASE_LEARNING_RATE, Columns, ComputeType, DatasetFormat, EarlyStopping, GradientCheckpointing, LrScheduler,
+    Optimizer, Target, Template, TrainOn, TrainSpec,
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::Value;

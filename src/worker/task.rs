@@ -223,7 +223,8 @@ fn train_and_export(
         send(outbox, report)
     };
     let checkpoint_interval = Some(Duration::from_secs(task.checkpoint_seconds));
-    let start = Start { resume, init_from, validation: validation.as_ref(), checkpoint_interval };
+    let start =
+        Start { resume, init_from, validation: validation.as_ref(), memory_budget_bytes: None, checkpoint_interval };
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
     if outcome.completed {

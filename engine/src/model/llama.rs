@@ -108,6 +108,11 @@ impl Llama {
         &self.config
     }
 
+    /// Bytes of the file that the weights came from, all of which are in memory once it is used.
+    pub fn file_bytes(&self) -> u64 {
+        self.file.bytes().len() as u64
+    }
+
     /// SHA-256 of the file that the weights came from; reads all of it.
     pub fn file_sha256(&self) -> [u8; 32] {
         Sha256::digest(self.file.bytes()).into()

@@ -16,11 +16,11 @@ use crate::ops::{bail, exp, host, tensor};
 /// Label of a token without a loss.
 pub const IGNORE: i32 = -100;
 /// Bytes that the logits of one chunk may take.
-const LOGITS_BYTES: usize = 48 << 20;
+pub(crate) const LOGITS_BYTES: usize = 48 << 20;
 /// Probabilities that are summed in f32 before f64 takes over.
 const SUMMED_IN_F32: usize = 1024;
 /// Bytes that one dequantized band of the projection may take.
-const BAND_BYTES: usize = 8 << 20;
+pub(crate) const BAND_BYTES: usize = 8 << 20;
 
 /// What the loss of some tokens came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

@@ -21,7 +21,7 @@ pub enum LrScheduler {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GradientCheckpointing {
-    /// Decided from the memory there is; today the same as `none`.
+    /// As many blocks keep their activations as fit the memory there is.
     #[default]
     Auto,
     /// Everything backward needs is kept.

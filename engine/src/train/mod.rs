@@ -1,6 +1,7 @@
 //! The training loop: synchronous, no channels; every step, and every moment at which a checkpoint is due, is an event.
 
 mod checkpoint;
+mod estimate;
 mod evaluation;
 mod moments;
 mod schedule;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use checkpoint::Checkpoint;
+pub use estimate::{Estimate, HostMemory, estimate, measure_rate};
 pub use evaluation::{Best, Evaluation};
 pub use schedule::learning_rate;
 
@@ -30,6 +32,9 @@ pub struct Start<'a> {
     pub init_from: Option<PathBuf>,
     /// Data set that is evaluated every `eval_steps`, or at the end of each epoch, and at the run's end.
     pub validation: Option<&'a Dataset>,
+    /// Bytes that the LoRA's state and activations may take with `gradient_checkpointing: auto`; `None`: nine tenths of what is
+    /// free. Decided once a run: a checkpoint has it.
+    pub memory_budget_bytes: Option<u64>,
     /// Longest time without a checkpoint; `None`: only the listed ones.
     pub checkpoint_interval: Option<Duration>,
 }
@@ -126,7 +131,7 @@ pub fn train(
     let mut loader = Loader::new(dataset.rows.len(), spec);
     let total_steps = loader.total_steps();
     let run = checkpoint::run_digest(spec, model, dataset, validation)?;
-    let mut state = State::new(spec, model, start, &run)?;
+    let mut state = State::new(spec, model, dataset, start, &run)?;
     let trainable_parameters = state.lora.layout().len();
     let mut flow = on_event(TrainEvent::Started { total_steps, resumed_from: state.step(), trainable_parameters });
     let mut saved_at = Instant::now();

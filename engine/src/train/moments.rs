@@ -32,6 +32,14 @@ impl Moments {
         })
     }
 
+    /// Bytes of the moments of a LoRA of that layout.
+    pub(super) fn size_bytes(optimizer: Optimizer, layout: &LoraLayout) -> u64 {
+        match optimizer {
+            Optimizer::AdamW => 8 * layout.len() as u64,
+            Optimizer::AdamW8bit => adamw_8bit::Moments::size_bytes(&layout.tensors()) as u64,
+        }
+    }
+
     /// Whether they can be those of a LoRA of that layout.
     pub(super) fn fit(&self, layout: &LoraLayout) -> bool {
         match self {

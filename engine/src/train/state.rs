@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use super::checkpoint::{Checkpoint, Header};
 use super::evaluation::{Best, Evaluation};
 use super::moments::{Moments, are_finite};
-use super::{Start, StepMetrics, micro_batch, schedule};
+use super::{Start, StepMetrics, estimate, micro_batch, schedule};
 use crate::adapter::{LoraLayout, LoraParams};
 use crate::data::{Dataset, Loader, MicroBatch};
 use crate::model::{Llama, MicroStep};
@@ -16,7 +16,7 @@ use crate::ops::cross_entropy::Loss;
 use crate::ops::dropout::Dropout;
 use crate::ops::host;
 use crate::ops::matmul::Compute;
-use crate::spec::{ComputeType, GradientCheckpointing, SpecError, TrainSpec};
+use crate::spec::{ComputeType, SpecError, TrainSpec};
 use crate::{Error, Result};
 
 /// A run between two steps.
@@ -39,7 +39,7 @@ fn cannot_begin(error: Error) -> Error {
 }
 
 /// What `auto` means on this processor.
-fn compute(wanted: ComputeType) -> Result<Compute> {
+pub(super) fn compute(wanted: ComputeType) -> Result<Compute> {
     match (wanted, Compute::bf16()) {
         (ComputeType::F32, _) | (ComputeType::Auto, None) => Ok(Compute::F32),
         (ComputeType::Auto | ComputeType::Bf16, Some(bf16)) => Ok(bf16),
@@ -52,7 +52,7 @@ fn compute(wanted: ComputeType) -> Result<Compute> {
 }
 
 impl State {
-    pub(super) fn new(spec: &TrainSpec, model: &Llama, start: Start<'_>, run: &str) -> Result<Self> {
+    pub(super) fn new(spec: &TrainSpec, model: &Llama, dataset: &Dataset, start: Start<'_>, run: &str) -> Result<Self> {
         let layout = LoraLayout::new(&spec.lora, &model.config().shape);
         let gradient = LoraParams::zeros(layout.clone())?;
         if let Some(checkpoint) = start.resume {
@@ -67,10 +67,7 @@ impl State {
             let lora = LoraParams::new(layout, checkpoint.parameters.clone())?;
             return Ok(Self { checkpoint, lora, gradient });
         }
-        let kept_layers = match spec.training.gradient_checkpointing {
-            GradientCheckpointing::Auto | GradientCheckpointing::None => model.config().shape.layers,
-            GradientCheckpointing::Full => 0,
-        };
+        let kept_layers = estimate::kept_layers(spec, model, dataset, start.memory_budget_bytes)?;
         let parameters = Tensor::zeros(layout.len(), DType::F32, &Device::Cpu)?;
         let moments = Moments::zeros(spec.training.optimizer, &layout)?;
         let lora = LoraParams::new(layout, parameters.clone())?;
