@@ -233,7 +233,7 @@ impl Block {
 }
 
 fn zeros(rows: usize, columns: usize) -> Result<Tensor> {
-    tensor(vec![0f32; rows * columns], (rows, columns))
+    tensor(crate::ops::zeros(rows * columns), (rows, columns))
 }
 
 fn zero(x: &Tensor) -> Result<()> {

@@ -4,7 +4,7 @@
 //! depth. Backward: dB += scale · dyᵀ u, du = scale · dy B, dA += duᵀ x, and dx = [dy | du] · [W; A]. W is frozen.
 //! With dropout, D(x) stands in the place of x in u = A D(x) and in dA, and D(du A) in the place of du A: D is its own backward.
 //! Shapes: x, dx (T, in), y, dy (T, out), u, du (T, R), W (out, in) in stored blocks. Forward dequantizes W by bands of rows, right
-//! into the packed operand; backward, which needs columns, into one reused buffer.
+//! into the packed operand; so does backward with strips of columns where they are whole blocks, else through one reused buffer.
 
 use candle_core::Tensor;
 
@@ -13,7 +13,7 @@ use crate::adapter::LoraPair;
 use crate::model::weights::Weight;
 use crate::ops::add::add;
 use crate::ops::dropout::{self, Dropout};
-use crate::ops::matmul::{Compute, Left, Matrix, Output, add_transposed, product};
+use crate::ops::matmul::{Compute, Left, Matrix, Output, PANEL_COLUMNS, add_transposed, product};
 use crate::ops::{host, host_mut, tensor};
 
 /// Where one weight at a time is dequantized to; as large as the largest.
@@ -68,7 +68,7 @@ pub(crate) fn forward<const N: usize>(
         host_mut(out, |values| {
             let out = Output { values, columns: weight.rows(), alpha: 1.0, keep };
             product(&lefts, out, &|rows, panel| {
-                panel.push_rows_with(columns, |values| weight.dequantize_rows(rows.clone(), values))?;
+                panel.push_rows_with(columns, |values| weight.dequantize_part(rows.clone(), 0..columns, values))?;
                 if let Some(ForwardLora { lora_b, rank, .. }) = &lora {
                     panel.push_rows(&lora_b[rows.start * rank..rows.end * rank], *rank);
                 }
@@ -144,7 +144,8 @@ pub(crate) fn backward(
         let packed = Left::pack(Matrix::rows(&host(dy)?, tokens, weight.rows(), weight.rows()), 1.0, compute);
         let lora = lora.map(|lora| backward_lora(x, dy, &packed, lora, compute)).transpose()?;
         let Some(dx) = dx else { continue };
-        let weight_values = scratch.dequantize(weight)?;
+        let strips = weight.has_strips(PANEL_COLUMNS);
+        let weight_values = if strips { &[] } else { scratch.dequantize(weight)? };
         let mut lefts = vec![&packed];
         // Where a part of the LoRA's share is dropped, it cannot ride in the same product.
         let (folded, apart) = lora.as_ref().map_or((None, None), |lora| match lora.dropout {
@@ -155,7 +156,13 @@ pub(crate) fn backward(
         host_mut(dx, |values| {
             let out = Output { values, columns, alpha: 1.0, keep: index > 0 };
             product(&lefts, out, &|range, panel| {
-                panel.push_columns(weight_values, columns, weight.rows(), range.start);
+                if strips {
+                    panel.push_columns_with(weight.rows(), |values| {
+                        weight.dequantize_part(0..weight.rows(), range.clone(), values)
+                    })?;
+                } else {
+                    panel.push_columns(weight_values, columns, weight.rows(), range.start);
+                }
                 if let Some(BackwardLora { lora_a, rank, .. }) = folded {
                     panel.push_columns(lora_a, columns, *rank, range.start);
                 }

@@ -19,7 +19,7 @@ use crate::ops::cross_entropy::{self, Loss};
 use crate::ops::dropout::Dropout;
 use crate::ops::matmul::Compute;
 use crate::ops::rope::RopeTable;
-use crate::ops::{embedding, rms_norm, tensor};
+use crate::ops::{embedding, in_pool, rms_norm, tensor};
 use crate::spec::Target;
 use crate::{Error, Result};
 
@@ -142,6 +142,16 @@ impl Llama {
         gradient: &LoraParams,
         step: MicroStep,
     ) -> Result<Loss> {
+        in_pool(|| self.forward_backward_here(batch, lora, gradient, step))
+    }
+
+    fn forward_backward_here(
+        &self,
+        batch: &MicroBatch,
+        lora: &LoraParams,
+        gradient: &LoraParams,
+        step: MicroStep,
+    ) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
         let scratch = self.scratch();
         let pass = Pass {
@@ -181,6 +191,10 @@ impl Llama {
     /// # Errors
     /// Tokens or shapes that do not fit the model.
     pub fn evaluate(&self, batch: &MicroBatch, lora: &LoraParams, compute: Compute) -> Result<Loss> {
+        in_pool(|| self.evaluate_here(batch, lora, compute))
+    }
+
+    fn evaluate_here(&self, batch: &MicroBatch, lora: &LoraParams, compute: Compute) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
         let scratch = self.scratch();
         let pass =

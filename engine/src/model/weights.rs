@@ -14,7 +14,7 @@ use memmap2::{Mmap, MmapMut};
 use rayon::prelude::*;
 
 use crate::gguf::{GgufFile, TensorInfo};
-use crate::quant::{BlockType, dequantize_iq4_nl};
+use crate::quant::{BlockType, dequantize_iq4_nl, widen};
 use crate::{Error, Result};
 
 /// Values that one task converts at least, so that a task outweighs its hand-over.
@@ -192,6 +192,33 @@ impl Weight {
         let start = self.offset + rows.start * row_bytes;
         dequantize(self.dtype, self.columns, &self.file.bytes()[start..start + count * row_bytes], out)
     }
+
+    /// Whether its columns fall into strips of that width that are whole blocks, each of which can be dequantized alone.
+    pub(crate) fn has_strips(&self, width: usize) -> bool {
+        self.columns.is_multiple_of(width) && width.is_multiple_of(self.dtype.block_values())
+    }
+
+    /// Writes those columns of those rows as f32 to `out`, row-major, on this thread.
+    ///
+    /// # Errors
+    /// [`Error::Model`] where a row or column is not there, the columns are no whole blocks, or `out` has another length.
+    pub(crate) fn dequantize_part(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let block = self.dtype.block_values();
+        let whole = columns.start.is_multiple_of(block) && columns.end.is_multiple_of(block);
+        let inside = rows.start <= rows.end && rows.end <= self.rows && columns.end <= self.columns;
+        if !whole || !inside || columns.is_empty() || out.len() != rows.len() * columns.len() {
+            let (shape, length) = ((self.rows, self.columns), out.len());
+            let message = format!("rows {rows:?} and columns {columns:?} of {shape:?} do not go into {length} values");
+            return Err(Error::Model(message));
+        }
+        let row_bytes = self.dtype.row_bytes(self.columns);
+        let (first, last) = (self.dtype.row_bytes(columns.start), self.dtype.row_bytes(columns.end));
+        for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
+            let start = self.offset + row * row_bytes;
+            dequantize_blocks(self.dtype, &self.file.bytes()[start + first..start + last], out)?;
+        }
+        Ok(())
+    }
 }
 
 /// Rows of a weight as they are stored, read into one buffer again and again.
@@ -273,6 +300,9 @@ fn dequantize(dtype: BlockType, columns: usize, stored: &[u8], out: &mut [f32]) 
 /// # Errors
 /// [`Error::Model`] where the bytes are not aligned as the type's blocks must be.
 pub(crate) fn dequantize_blocks(dtype: BlockType, stored: &[u8], out: &mut [f32]) -> Result<()> {
+    if widen(dtype, stored, out) {
+        return Ok(());
+    }
     with_block!(dtype, Block => Block::to_float(blocks::<Block>(dtype, stored)?, out),
         IQ4NL => dequantize_iq4_nl(stored, out));
     Ok(())
@@ -354,6 +384,14 @@ mod tests {
                 let theirs = theirs.and_then(|tensor| tensor.flatten_all()?.to_vec1::<f32>()).expect("dequantized");
                 assert_eq!(ours, theirs, "{dtype:?}");
             }
+            let mut part = vec![f32::NAN; 5 * 256];
+            weight.dequantize_part(70..75, 256..512, &mut part).expect("whole blocks");
+            for (row, part) in part.chunks_exact(256).enumerate() {
+                assert_eq!(part, &ours[(70 + row) * SHAPE.1 + 256..][..256], "{dtype:?}");
+            }
+            assert!(weight.dequantize_part(148..151, 0..256, &mut part[..768]).is_err());
+            assert!(weight.dequantize_part(0..1, 0..256, &mut part[..255]).is_err());
+
             let mut some = vec![f32::NAN; 3 * SHAPE.1];
             weight.dequantize_rows(77..80, &mut some).expect("three rows");
             assert_eq!(some, ours[77 * SHAPE.1..80 * SHAPE.1], "{dtype:?}");

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::ops::matmul::{Matrix, gemm_values};
-use crate::ops::{bail, exp, host, tensor};
+use crate::ops::{bail, exp, host, tensor, zeros};
 
 /// Queries computed at once: their scores against all their keys are the largest buffer.
 const QUERIES: usize = 64;
@@ -72,7 +72,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[usize]) -> Resu
             (o, lse)
         })
         .collect();
-    let mut o = vec![0f32; tokens * sizes.heads * sizes.head_dim];
+    let mut o = zeros(tokens * sizes.heads * sizes.head_dim);
     let mut lse = vec![0f32; tokens * sizes.heads];
     for ((start, _, kv_head), (part_o, part_lse)) in tasks(cu_seqlens, sizes.kv_heads).into_iter().zip(parts) {
         let width = sizes.group() * sizes.head_dim;
@@ -194,7 +194,7 @@ pub fn backward(dout: &Tensor, saved: Saved<'_>, cu_seqlens: &[usize]) -> Result
         .map(|(start, end, kv_head)| task_backward(sizes, &values, start, end - start, kv_head))
         .collect();
     let (heads, kv_heads, head_dim) = (sizes.heads, sizes.kv_heads, sizes.head_dim);
-    let mut dq = vec![0f32; tokens * heads * head_dim];
+    let mut dq = zeros(tokens * heads * head_dim);
     let (mut dk, mut dv) = (vec![0f32; tokens * kv_heads * head_dim], vec![0f32; tokens * kv_heads * head_dim]);
     for ((start, _, kv_head), [part_dq, part_dk, part_dv]) in tasks(cu_seqlens, kv_heads).into_iter().zip(parts) {
         let width = sizes.group() * head_dim;

@@ -10,13 +10,13 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::model::weights::Weight;
-use crate::ops::matmul::{Compute, Left, Matrix, Output, product};
+use crate::ops::matmul::{Compute, Left, Matrix, Output, PANEL_COLUMNS, product};
 use crate::ops::{bail, exp, host, tensor};
 
 /// Label of a token without a loss.
 pub const IGNORE: i32 = -100;
 /// Bytes that the logits of one chunk may take.
-pub(crate) const LOGITS_BYTES: usize = 48 << 20;
+pub(crate) const LOGITS_BYTES: usize = 100 << 20;
 /// Probabilities that are summed in f32 before f64 takes over.
 const SUMMED_IN_F32: usize = 1024;
 /// Bytes that one dequantized band of the projection may take.
@@ -177,7 +177,7 @@ impl<'a> Buffers<'a> {
         let h = Left::pack(Matrix::rows(h, tokens, columns, columns), 1.0, self.compute);
         let out = Output { values: logits, columns: vocabulary, alpha: 1.0, keep: false };
         product(&[&h], out, &|rows, panel| {
-            panel.push_rows_with(columns, |values| weight.dequantize_rows(rows, values))
+            panel.push_rows_with(columns, |values| weight.dequantize_part(rows, 0..columns, values))
         })?;
         Ok(logits)
     }
@@ -186,15 +186,24 @@ impl<'a> Buffers<'a> {
     fn project_back(&mut self, tokens: usize) -> Result<&[f32]> {
         let (columns, vocabulary) = (self.weight.columns(), self.weight.rows());
         let drows = &mut self.drows[..tokens * columns];
-        let band_rows = self.band.len() / columns;
+        let (band_rows, weight) = (self.band.len() / columns, self.weight);
+        let strips = weight.has_strips(PANEL_COLUMNS);
         for first in (0..vocabulary).step_by(band_rows) {
             let rows = band_rows.min(vocabulary - first);
             let band = &mut self.band[..rows * columns];
-            self.weight.dequantize_rows(first..first + rows, band)?;
+            if !strips {
+                self.weight.dequantize_rows(first..first + rows, band)?;
+            }
             let dz = Matrix::rows(&self.logits[first..], tokens, rows, vocabulary);
             let dz = Left::pack(dz, 1.0, self.compute);
             let out = Output { values: drows, columns, alpha: 1.0, keep: first > 0 };
             product(&[&dz], out, &|range, panel| {
+                if strips {
+                    let rows_of_band = first..first + rows;
+                    return panel.push_columns_with(rows, |values| {
+                        weight.dequantize_part(rows_of_band.clone(), range.clone(), values)
+                    });
+                }
                 panel.push_columns(band, columns, rows, range.start);
                 Ok(())
             })?;

@@ -11,7 +11,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
-mod exp;
+pub(crate) mod exp;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
@@ -22,6 +22,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
 use parking_lot::RwLockReadGuard;
+use rayon::prelude::*;
 
 use crate::Result;
 
@@ -98,6 +99,21 @@ impl<F: FnOnce(&mut [f32]) -> Result<R>, R> InplaceOp1 for Write<F, R> {
 /// Wraps values as a tensor on the CPU without copying them.
 pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape.into(), &candle_core::Device::Cpu)?)
+}
+
+/// Runs work that forks and joins again and again on a thread of rayon's pool: from outside, each fork would wake a thread of the
+/// pool and each join this one.
+pub(crate) fn in_pool<R: Send>(run: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| run())
+}
+
+/// So many zeros; many of them are written by all threads.
+pub(crate) fn zeros(count: usize) -> Vec<f32> {
+    const TASK: usize = 1 << 16;
+    if count <= 4 * TASK {
+        return vec![0f32; count];
+    }
+    (0..count).into_par_iter().with_min_len(TASK).map(|_| 0f32).collect()
 }
 
 /// Rows of work that one thread takes at once; fixed, so that results do not depend on how many threads there are.

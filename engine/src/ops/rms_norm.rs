@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::ops::{ROWS_PER_TASK, host, host_mut, tensor};
+use crate::ops::{ROWS_PER_TASK, host, host_mut, tensor, zeros};
 
 /// y and the rstd of every row, which backward needs.
 pub fn forward(x: &Tensor, w: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
@@ -31,7 +31,7 @@ pub fn recompute(x: &Tensor, w: &Tensor, rstd: &Tensor) -> Result<Tensor> {
 
 fn scale(x: &[f32], w: &[f32], rstd: &[f32]) -> Vec<f32> {
     let columns = w.len();
-    let mut y = vec![0f32; x.len()];
+    let mut y = zeros(x.len());
     let rows = y.par_chunks_mut(columns).zip(x.par_chunks(columns)).zip(rstd);
     rows.with_min_len(ROWS_PER_TASK).for_each(|((y, x), &rstd)| {
         for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {

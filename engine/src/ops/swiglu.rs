@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::ops::exp::{sigmoid, vectorized};
-use crate::ops::{host, tensor};
+use crate::ops::{host, tensor, zeros};
 
 const CHUNK: usize = 1 << 13;
 
@@ -17,7 +17,7 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let shape = gate.dims2()?;
     let (gate, up) = (host(gate)?, host(up)?);
     assert_eq!(gate.len(), up.len(), "swiglu: sizes differ");
-    let mut h = vec![0f32; gate.len()];
+    let mut h = zeros(gate.len());
     h.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((h, gate), up)| {
         vectorized(
             #[inline(always)]
@@ -36,7 +36,7 @@ pub fn backward(dh: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tens
     let shape = gate.dims2()?;
     let (dh, gate, up) = (host(dh)?, host(gate)?, host(up)?);
     assert_eq!((dh.len(), up.len()), (gate.len(), gate.len()), "swiglu: sizes differ");
-    let (mut dgate, mut dup) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
+    let (mut dgate, mut dup) = (zeros(gate.len()), zeros(gate.len()));
     let outputs = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
     let inputs = dh.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
     outputs.zip(inputs).for_each(|((dgate, dup), ((dh, gate), up))| {

@@ -7,6 +7,7 @@ mod k;
 mod lanes;
 mod search;
 mod small;
+mod widen;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -16,6 +17,7 @@ use rayon::prelude::*;
 use crate::{Error, Result};
 
 pub(crate) use small::dequantize_iq4_nl;
+pub(crate) use widen::widen;
 
 /// How values are stored: in blocks of one type, row after row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -14,7 +14,7 @@ pub(super) const ROWS: usize = 12;
 /// Columns of one vector.
 pub(super) const VECTOR: usize = 16;
 /// Most columns of a tile.
-pub(super) const COLUMNS: usize = 2 * VECTOR;
+pub(crate) const COLUMNS: usize = 2 * VECTOR;
 
 /// What the processor can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -18,6 +18,7 @@ use candle_core::{CpuStorage, Layout, Storage, Tensor};
 use gemm::Parallelism;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use kernel::COLUMNS as PANEL_COLUMNS;
 pub(crate) use pack::Left;
 pub(crate) use product::{Output, add_transposed, product};
 

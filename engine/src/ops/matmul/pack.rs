@@ -93,9 +93,21 @@ pub(crate) struct Panel {
     scratch: Vec<f32>,
 }
 
+thread_local! {
+    /// The buffers of the last panel that this thread dropped, for the next one.
+    static SPARE_PANEL: Cell<(Vec<u32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
+}
+
+impl Drop for Panel {
+    fn drop(&mut self) {
+        SPARE_PANEL.set((std::mem::take(&mut self.lanes), std::mem::take(&mut self.scratch)));
+    }
+}
+
 impl Panel {
     pub(super) fn new(compute: Compute) -> Self {
-        Self { lanes: Vec::new(), width: COLUMNS, columns: COLUMNS, filled: 0, compute, scratch: Vec::new() }
+        let (lanes, scratch) = SPARE_PANEL.take();
+        Self { lanes, width: COLUMNS, columns: COLUMNS, filled: 0, compute, scratch }
     }
 
     /// Makes the panel ready for so many columns of that depth in lanes.
@@ -135,11 +147,33 @@ impl Panel {
         k: usize,
         fill: impl FnOnce(&mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
+        let count = self.columns * k;
+        self.with_scratch(count, fill, |panel, values| panel.push_rows(values, k))
+    }
+
+    /// As [`Panel::push_columns`], from a matrix (k, columns of this panel) that `fill` writes.
+    pub(crate) fn push_columns_with<E>(
+        &mut self,
+        k: usize,
+        fill: impl FnOnce(&mut [f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (columns, count) = (self.columns, self.columns * k);
+        self.with_scratch(count, fill, |panel, values| panel.push_columns(values, columns, k, 0))
+    }
+
+    fn with_scratch<E>(
+        &mut self,
+        count: usize,
+        fill: impl FnOnce(&mut [f32]) -> Result<(), E>,
+        push: impl FnOnce(&mut Self, &[f32]),
+    ) -> Result<(), E> {
         let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(self.columns * k, 0.0);
-        let filled = fill(&mut scratch);
+        if scratch.len() < count {
+            scratch.resize(count, 0.0);
+        }
+        let filled = fill(&mut scratch[..count]);
         if filled.is_ok() {
-            self.push_rows(&scratch, k);
+            push(self, &scratch[..count]);
         }
         self.scratch = scratch;
         filled

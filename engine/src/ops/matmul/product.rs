@@ -2,6 +2,7 @@
 //! order of k, whatever the number of threads.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -62,50 +63,63 @@ pub(crate) fn product(
         return Ok(());
     }
     let depth = lefts.iter().map(|left| left.depth()).sum();
-    let (row_panels, column_panels) = (rows.div_ceil(ROWS), columns.div_ceil(COLUMNS));
-    // Enough tasks for every thread: where the columns are few, the rows are cut too.
-    let row_parts = (4 * rayon::current_num_threads()).div_ceil(column_panels).min(row_panels);
-    let part = row_panels.div_ceil(row_parts);
-    let place = Place(values.as_mut_ptr());
-    (0..column_panels * row_parts).into_par_iter().try_for_each_init(
-        || Panel::new(compute),
-        |panel, task| {
-            let (column_panel, row_part) = (task / row_parts, task % row_parts);
-            let from = column_panel * COLUMNS;
-            let to = columns.min(from + COLUMNS);
-            let row_panels = row_part * part..row_panels.min((row_part + 1) * part);
-            if row_panels.is_empty() {
-                return Ok(());
-            }
-            panel.begin(to - from, depth);
-            fill(from..to, panel)?;
+    let (place, tasks, next) = (Place(values.as_mut_ptr()), tasks(rows, columns), AtomicUsize::new(0));
+    (0..rayon::current_num_threads()).into_par_iter().with_max_len(1).try_for_each(|_| {
+        let mut panel = Panel::new(compute);
+        while let Some(Task { row_panels, columns: range }) = tasks.get(next.fetch_add(1, Ordering::Relaxed)).cloned() {
+            panel.begin(range.len(), depth);
+            fill(range.clone(), &mut panel)?;
             let (right, width) = panel.lanes(depth);
             for row_panel in row_panels {
-                let mut after = 0;
+                let (first_row, mut after) = (row_panel * ROWS, 0);
                 for (index, left) in lefts.iter().enumerate() {
                     let (lanes, depth) = (left.panel(row_panel), left.depth());
                     let b = &right[after * width..(after + depth) * width];
-                    let first_row = row_panel * ROWS;
                     let tile = Tile {
                         depth,
                         a: lanes.as_ptr(),
                         a_step: ROWS,
                         b: b.as_ptr(),
                         b_step: width,
-                        c: place.at(first_row * columns + from),
+                        c: place.at(first_row * columns + range.start),
                         c_step: columns,
                         alpha,
                         keep: keep || index > 0,
                     };
                     // SAFETY: the panels hold `depth` steps of 12 and `width` lanes; the tile's rows and columns lie inside
                     // the output, and no other task has them.
-                    unsafe { run(&tile, ROWS.min(rows - first_row), to - from, compute) };
+                    unsafe { run(&tile, ROWS.min(rows - first_row), range.len(), compute) };
                     after += depth;
                 }
             }
-            Ok(())
-        },
-    )
+        }
+        Ok(())
+    })
+}
+
+/// Columns of one panel, and the panels of rows that they are multiplied with.
+#[derive(Debug, Clone)]
+struct Task {
+    row_panels: Range<usize>,
+    columns: Range<usize>,
+}
+
+/// What threads take one by one: whole panels of columns, packed once each; where they are few, and at the end, where threads
+/// would wait for the last one, parts of the rows.
+fn tasks(rows: usize, columns: usize) -> Vec<Task> {
+    let threads = rayon::current_num_threads();
+    let (row_panels, column_panels) = (rows.div_ceil(ROWS), columns.div_ceil(COLUMNS));
+    let mut tasks = Vec::with_capacity(column_panels + 8 * threads);
+    for panel in 0..column_panels {
+        let few = (4 * threads).div_ceil(column_panels);
+        let last = if threads > 1 && panel + threads >= column_panels { 4 } else { 1 };
+        let part = row_panels.div_ceil((few * last).min(row_panels));
+        let columns = panel * COLUMNS..columns.min((panel + 1) * COLUMNS);
+        for first in (0..row_panels).step_by(part) {
+            tasks.push(Task { row_panels: first..row_panels.min(first + part), columns: columns.clone() });
+        }
+    }
+    tasks
 }
 
 /// out (M, N) += alpha · aᵀ b in f32, for a (T, M) and b (T, N), row-major: the sum over tokens of a gradient of parameters.
@@ -215,6 +229,28 @@ unsafe fn run(tile: &Tile, rows: usize, columns: usize, compute: Compute) {
             unsafe {
                 let place = tile.c.add(row * tile.c_step + column);
                 *place = if tile.keep { *place + sum } else { sum };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_cover_every_tile_once() {
+        for threads in [1, 2, 7] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for (rows, columns) in [(1, 1), (12, 32), (13, 33), (1024, 576), (7, 5000), (300, 16)] {
+                let mut times = vec![0; rows.div_ceil(ROWS) * columns];
+                for task in pool.install(|| tasks(rows, columns)) {
+                    assert!(task.columns.len() <= COLUMNS && task.columns.start.is_multiple_of(COLUMNS));
+                    for panel in task.row_panels {
+                        task.columns.clone().for_each(|column| times[panel * columns + column] += 1);
+                    }
+                }
+                assert!(times.iter().all(|&times| times == 1), "{threads} threads, {rows} × {columns}");
             }
         }
     }
