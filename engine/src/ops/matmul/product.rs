@@ -242,7 +242,7 @@ mod tests {
     fn tasks_cover_every_tile_once() {
         for threads in [1, 2, 7] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            for (rows, columns) in [(1, 1), (12, 32), (13, 33), (1024, 576), (7, 5000), (300, 16)] {
+            for (rows, columns) in [(1usize, 1usize), (12, 32), (13, 33), (1024, 576), (7, 5000), (300, 16)] {
                 let mut times = vec![0; rows.div_ceil(ROWS) * columns];
                 for task in pool.install(|| tasks(rows, columns)) {
                     assert!(task.columns.len() <= COLUMNS && task.columns.start.is_multiple_of(COLUMNS));
