@@ -465,7 +465,7 @@ mod tests {
         let spec = parse(&request(json!({
             "validation_file": null, "integrations": [], "priority": 0, "quantization": "auto", "suffix": null,
             "lora": {"dropout": 0.0, "init_from": null}, "dataset": {"columns": null, "template": "auto"},
-            "training": {"compute": "f32", "packing": true, "eval_steps": null, "optimizer": "adamw"},
+            "training": {"compute": "auto", "packing": true, "eval_steps": null, "optimizer": "adamw"},
             "hyperparameters": {"n_epochs": "auto"},
             "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto"}}},
         })));
