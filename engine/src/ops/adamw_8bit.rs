@@ -1,8 +1,8 @@
 //! AdamW with moments in 8 bits: each block of 256 values of a tensor has one factor, its absolute maximum, and a code a value.
 //!
 //! A code is a place in a table of 256 sorted values in [−1, 1] (m) or [0, 1] (v), finer towards 0: 0, 1, and for each of seven
-//! decades 10⁻⁶ … 1 the middles of equal parts of [0.1, 1], twice as many in each decade as in the one below. value = table[code]
-//! · factor. A step decodes both moments, moves them and the parameters as `adamw.rs` does in f32, takes new factors, and
+//! decades 10⁻⁶ … 1 the middles of equal parts of [0.1, 1], twice as many in each decade as in the one below. value =
+//! `table[code] · factor`. A step decodes both moments, moves them and the parameters as `adamw.rs` does in f32, takes new factors, and
 //! encodes each value to the nearest of the table. Blocks begin anew with each tensor; moments of tensors with fewer than 4096
 //! values stay in f32. The tables, the blocks and that limit are bitsandbytes'.
 //!

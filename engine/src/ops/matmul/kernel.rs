@@ -1,6 +1,6 @@
 //! The innermost loops of a product: one tile of the output, up to 12 rows by 32 columns, held in registers over the whole depth.
 //!
-//! C[r][c] (+)= alpha · Σ_k A[k][r] · B[k][c]. A *lane* is 32 bits: one f32, or two bf16 of neighbouring k (the even one in the
+//! `C[r][c] (+)= alpha · Σ_k A[k][r] · B[k][c]`. A *lane* is 32 bits: one f32, or two bf16 of neighbouring k (the even one in the
 //! low half). A is read at `a + k · a_step + r` and repeated over a vector, B at `b + k · b_step + c` sixteen lanes at a time, so
 //! both may be packed panels or lie where their matrix lies. Accumulation is f32 in the order of k, whatever the tile.
 //!

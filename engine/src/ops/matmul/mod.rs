@@ -1,6 +1,6 @@
 //! Matrix products with own output, strides and beta, f32 accumulation.
 //!
-//! Two ways lead here. [`gemm`] and [`gemm_values`] take views of any strides and call the `gemm` crate: for small products and
+//! Two ways lead here. [`gemm()`] and [`gemm_values`] take views of any strides and call the `gemm` crate: for small products and
 //! odd layouts. [`product()`] and [`add_transposed()`] are for the large ones of training, where weights are unpacked from their
 //! blocks straight into the order in which the kernel reads them: own kernels (`kernel`), in f32 or bf16, on packed operands
 //! (`pack`). Each element is one sum in the order of k, so that no result depends on the number of threads; it does depend on

@@ -1,7 +1,7 @@
 //! Operands of a product in the order in which the kernel reads them, converted to its lanes on the way.
 //!
-//! [`Left`]: rows of the left matrix in panels of up to 12, each [k][row]. [`Panel`]: up to 32 columns of the right matrix,
-//! [k][column], put together segment by segment along k. A lane is one f32 or a pair of bf16 (see `kernel`); a segment of odd
+//! [`Left`]: rows of the left matrix in panels of up to 12, each `[k][row]`. [`Panel`]: up to 32 columns of the right matrix,
+//! `[k][column]`, put together segment by segment along k. A lane is one f32 or a pair of bf16 (see `kernel`); a segment of odd
 //! depth ends in a pair with a zero.
 
 use std::cell::Cell;
@@ -214,7 +214,7 @@ fn copy_row(row: &[f32], lanes: &mut [u32]) {
     lanes[row.len()..].fill(0);
 }
 
-/// lanes[k · step + row] = scale · rows[row][k], 0 for rows that are not there; writes 16 lanes at each k.
+/// `lanes[k · step + row] = scale · rows[row][k]`, 0 for rows that are not there; writes 16 lanes at each k.
 fn transpose(rows: &[&[f32]; VECTOR], k: usize, scale: f32, compute: Compute, lanes: &mut [u32], step: usize) {
     if k == 0 {
         return;
@@ -354,7 +354,7 @@ mod avx512 {
         (((1u32 << count) - 1) & 0xffff) as __mmask16
     }
 
-    /// Pairs (low[c], high[c]) as bf16 for each c, 0 behind the last; no `high` is zeros.
+    /// Pairs `(low[c], high[c])` as bf16 for each c, 0 behind the last; no `high` is zeros.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) unsafe fn pair_rows(low: &[f32], high: &[f32], lanes: &mut [u32]) {
         for (at, lanes) in lanes.chunks_exact_mut(VECTOR).enumerate() {
