@@ -117,9 +117,15 @@ fn write(
         // Without a sender a thread ends with what it has got.
         drop(senders);
         let ended = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        let written = ended.collect::<Result<Option<Vec<Written>>>>()?;
+        let written = all_or_none(ended)?;
         Ok(made?.zip(written))
     })
+}
+
+/// What all threads gave, `None` where one gave nothing. An error comes before that, whichever thread it is of: it is why the
+/// others got too little.
+fn all_or_none<T>(ended: impl Iterator<Item = Result<Option<T>>>) -> Result<Option<Vec<T>>> {
+    Ok(ended.collect::<Result<Vec<_>>>()?.into_iter().collect())
 }
 
 /// Rows of a tensor in the type that a file has for it.
@@ -286,4 +292,19 @@ fn check_header(written: &GgufFile, metadata: &[(String, Value)], specs: &[Tenso
         return Err(Error::ReadBack("the list of tensors differs from what was written".to_owned()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_no_stop_because_of_the_files_before_it() {
+        let full = || Err(Error::ReadBack("the disk is full".to_owned()));
+        for ended in [[Ok(None), full()], [full(), Ok(None)], [Ok(Some(1)), full()]] {
+            assert!(all_or_none(ended.into_iter()).is_err());
+        }
+        assert_eq!(all_or_none([Ok(Some(1)), Ok(None)].into_iter()).unwrap(), None);
+        assert_eq!(all_or_none([Ok(Some(1)), Ok(Some(2))].into_iter()).unwrap(), Some(vec![1, 2]));
+    }
 }
