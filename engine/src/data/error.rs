@@ -8,7 +8,7 @@ use super::report::Report;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DatasetError {
     /// The file has no rows.
-    #[error("the training file is empty")]
+    #[error("the file is empty")]
     Empty,
     /// There are rows, but not enough.
     #[error("Training file has {rows} example(s), but must have at least {needed} examples")]

@@ -190,7 +190,7 @@ fn files_that_are_no_data_set_are_refused_by_name() {
     let of = |content: &[u8]| dataset_error(read_text(content, &spec));
     for empty in ["", "\n \n", "[]", "\u{feff}"] {
         let error = of(empty.as_bytes());
-        assert_eq!((error.code(), error.to_string().as_str()), ("invalid_training_file", "the training file is empty"));
+        assert_eq!((error.code(), error.to_string().as_str()), ("invalid_training_file", "the file is empty"));
     }
     let few = of(lines(GOOD, 3).as_bytes());
     assert_eq!(few.code(), "invalid_n_examples");
