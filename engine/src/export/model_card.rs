@@ -94,6 +94,7 @@ impl TrainingFacts<'_> {
             ("optimizer", word(&training.optimizer)),
             ("weight decay", training.weight_decay.to_string()),
             ("largest gradient norm", training.max_grad_norm.to_string()),
+            ("dropout before the LoRA", spec.lora.dropout.to_string()),
             ("seed", spec.seed.to_string()),
             ("trained on", word(&spec.dataset.train_on)),
             ("tokens with a loss", trained_tokens.to_string()),
