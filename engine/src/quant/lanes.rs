@@ -4,7 +4,7 @@
 //! many lanes the processor has. Products and sums are rounded one by one, never fused.
 //!
 //! Everything that touches a register is `inline(always)` and no closure does: a function that is called instead of inlined is
-//! compiled without the processor's wide instructions, and is slower by two orders of magnitude.
+//! compiled without the processor's wide instructions, and the whole was some twenty times slower (docs/LOG.md).
 
 use std::ops::{Add, Div, Mul, Sub};
 
