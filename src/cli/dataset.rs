@@ -191,11 +191,13 @@ fn report(args: &ReportArgs) -> anyhow::Result<()> {
         write_untrained(&mut out, &untrained)?;
     }
     out.flush()?;
-    match (training_verdict, validation_verdict) {
-        (None, None) => Ok(()),
-        (Some(error), _) => bail!("cannot train on {}: {error}", args.source.data.display()),
-        (None, Some(error)) => bail!("cannot validate on this file: {error}"),
+    if let Some(error) = training_verdict {
+        bail!("cannot train on {}: {error}", args.source.data.display());
     }
+    if let (Some(path), Some(error)) = (&args.validation, validation_verdict) {
+        bail!("cannot validate on {}: {error}", path.display());
+    }
+    Ok(())
 }
 
 /// The texts of special tokens that the rows use and the base model never learnt.
