@@ -401,7 +401,7 @@ mod tests {
             (json!({"artifacts": [{"type": "merged", "quantization": "f16"}]}), "artifacts[0].quantization"),
             (json!({"artifacts": [{"type": "ollama"}, {"type": "ollama", "quantization": "q8_0"}]}), "artifacts[1]"),
             (json!({"artifacts": [{"type": "onnx"}]}), "artifacts[0].type"),
-            (json!({"artifacts": [{"type": "gguf", "quantization": "q4_k_m"}]}), "artifacts[0].quantization"),
+            (json!({"artifacts": [{"type": "gguf", "quantization": "q9_k_m"}]}), "artifacts[0].quantization"),
             (json!({"training_file": "nope"}), "training_file"),
             (json!({"training_file": null}), "training_file"),
         ];
