@@ -22,7 +22,7 @@ async fn a_job_goes_from_validation_to_success() {
         assert_eq!(job[null], Value::Null, "{null}");
     }
     assert_eq!((&job["result_files"], &job["integrations"]), (&json!([]), &json!([])));
-    assert_eq!((&job["lora"]["r"], &job["training"]["compute"]), (&json!(16), &json!("f32")));
+    assert_eq!((&job["lora"]["r"], &job["training"]["compute"]), (&json!(16), &json!("auto")));
 
     app.validate().await;
     let job = app.get_json(&path).await;
@@ -59,7 +59,7 @@ async fn what_is_wrong_with_a_request_is_named() {
         (json!({"training": {"early_stopping": {}}}), "training.early_stopping"),
         (json!({"lora": {"init_from": "ft:tiny:lorad::nothing"}}), "lora.init_from"),
         (json!({"lora": {"init_from": lorad::types::ids::ArtifactId::new()}}), "lora.init_from"),
-        (json!({"artifacts": [{"type": "gguf", "quantization": "q4_k_m"}]}), "artifacts[0].quantization"),
+        (json!({"artifacts": [{"type": "gguf", "quantization": "q4_k_x"}]}), "artifacts[0].quantization"),
         (json!({"training_file": lorad::types::ids::FileId::new()}), "training_file"),
     ];
     for (changes, param) in cases {
