@@ -19,6 +19,10 @@ async fn specification_is_served_in_both_forms() {
     {
         assert!(json["paths"][path].is_object(), "{path}");
     }
+    // Words as the API spells them, not as the code names its variants.
+    let words = |name: &str| json["components"]["schemas"][name]["enum"].clone();
+    assert_eq!(words("ArtifactType"), serde_json::json!(["adapter", "gguf", "gguf_lora", "merged", "ollama"]));
+    assert_eq!(words("Quantization")[8], "q4_k_m");
     let yaml = app.get("/openapi.yaml").await.text().await.expect("a body");
     assert_eq!(yaml, lorad::http::openapi::specification_yaml().expect("YAML"));
 }
