@@ -82,7 +82,7 @@ pub enum BadRowCode {
     MixedFormat,
     /// A message's role is none that the format knows.
     UnknownRole,
-    /// A text holds a run of white space that is too long to be tokenized.
+    /// A text holds a longer run of white space than any text needs.
     TooMuchWhiteSpace,
     /// No assistant message is to be trained on.
     NoAssistantMessage,

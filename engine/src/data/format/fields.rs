@@ -6,8 +6,7 @@ use super::super::report::{BadRowCode, Problem};
 use crate::files::shorten;
 use crate::spec::Columns;
 
-/// White-space characters in a row. Pre-tokenizers are regular expressions, and what they take for such a run grows with its
-/// square.
+/// White-space characters one after the other in a text: no text needs more, and most pre-tokenizers make one word of such a run.
 const MAX_WHITE_SPACE: usize = 100_000;
 
 /// A row seen through the column mapping.
