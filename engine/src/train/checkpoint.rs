@@ -24,7 +24,7 @@ use crate::ops::{Host, host, tensor};
 use crate::spec::{Optimizer, TrainSpec};
 use crate::{Error, Result};
 
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const METADATA_KEY: &str = "lorad";
 const PARAMETERS: &str = "parameters";
 const BEST: &str = "best_parameters";

@@ -28,9 +28,23 @@ pub struct Best {
     /// The step after which it was made.
     pub step: u32,
     /// Its loss.
+    #[serde(with = "as_text")]
     pub loss: f64,
     /// Evaluations since then, none of them better.
     pub since: u32,
+}
+
+/// A number as text: what serde_json reads from a number of JSON may be off by the last bit, and a resumed run would judge otherwise.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
 }
 
 impl Best {
@@ -87,6 +101,17 @@ pub(super) fn evaluate(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_loss_is_read_back_to_the_last_bit() {
+        for index in 0..10_000u32 {
+            let best = Best { step: 1, loss: f64::from(index).sqrt() / 7.0 + 1e-9, since: 0 };
+            let json = serde_json::to_string(&best).unwrap();
+            let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+            let read: Best = serde_json::from_value(value).unwrap();
+            assert_eq!(read.loss.to_bits(), best.loss.to_bits(), "{json}");
+        }
+    }
 
     #[test]
     fn only_a_loss_that_is_lower_by_min_delta_is_better() {
