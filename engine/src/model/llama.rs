@@ -142,7 +142,9 @@ impl Llama {
         gradient: &LoraParams,
         step: MicroStep,
     ) -> Result<Loss> {
-        in_pool(|| self.forward_backward_here(batch, lora, gradient, step))
+        // Taken before the pool is entered: a thread of the pool that waits for it would keep its holder waiting for the pool.
+        let scratch: &mut RefCell<Scratch> = &mut self.scratch();
+        in_pool(|| self.forward_backward_here(batch, lora, gradient, step, scratch))
     }
 
     fn forward_backward_here(
@@ -151,15 +153,15 @@ impl Llama {
         lora: &LoraParams,
         gradient: &LoraParams,
         step: MicroStep,
+        scratch: &mut RefCell<Scratch>,
     ) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
-        let scratch = self.scratch();
         let pass = Pass {
             config: &self.config,
             rope: &rope,
             lora: Some(lora),
             dropout: step.dropout,
-            scratch: &scratch,
+            scratch,
             compute: step.compute,
         };
         let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
@@ -191,14 +193,19 @@ impl Llama {
     /// # Errors
     /// Tokens or shapes that do not fit the model.
     pub fn evaluate(&self, batch: &MicroBatch, lora: &LoraParams, compute: Compute) -> Result<Loss> {
-        in_pool(|| self.evaluate_here(batch, lora, compute))
+        let scratch: &mut RefCell<Scratch> = &mut self.scratch();
+        in_pool(|| self.evaluate_here(batch, lora, compute, scratch))
     }
 
-    fn evaluate_here(&self, batch: &MicroBatch, lora: &LoraParams, compute: Compute) -> Result<Loss> {
+    fn evaluate_here(
+        &self,
+        batch: &MicroBatch,
+        lora: &LoraParams,
+        compute: Compute,
+        scratch: &mut RefCell<Scratch>,
+    ) -> Result<Loss> {
         let rope = self.rope(&batch.positions);
-        let scratch = self.scratch();
-        let pass =
-            Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: None, scratch: &scratch, compute };
+        let pass = Pass { config: &self.config, rope: &rope, lora: Some(lora), dropout: None, scratch, compute };
         let mut x = embedding::forward(&self.embed_tokens, &batch.tokens)?;
         for block in &self.blocks {
             x = block.forward(x, &batch.cu_seqlens, &pass)?.0;
