@@ -67,8 +67,11 @@ impl HostMemory {
             let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
             text.trim().parse::<u64>().ok()
         };
-        let of_group =
-            group("memory.max").zip(group("memory.current")).map(|(max, current)| max.saturating_sub(current));
+        // What the group read of files counts as its memory, and is given back when it needs more.
+        let cached = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").unwrap_or_default();
+        let cached = cached.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
+        let held = group("memory.current").map(|current| current.saturating_sub(cached.unwrap_or(0)));
+        let of_group = group("memory.max").zip(held).map(|(max, held)| max.saturating_sub(held));
         let available_bytes = kilobytes(&memory, "MemAvailable:").min(of_group.unwrap_or(u64::MAX));
         let (anonymous_bytes, file_bytes) = (kilobytes(&status, "RssAnon:"), kilobytes(&status, "RssFile:"));
         Ok(Self { anonymous_bytes, file_bytes, available_bytes })
@@ -151,8 +154,10 @@ pub(super) fn kept_layers(
     memory_budget_bytes: Option<u64>,
 ) -> Result<usize> {
     let shape = &model.config().shape;
-    if spec.training.gradient_checkpointing == GradientCheckpointing::None {
-        return Ok(shape.layers);
+    match spec.training.gradient_checkpointing {
+        GradientCheckpointing::None => return Ok(shape.layers),
+        GradientCheckpointing::Full => return Ok(0),
+        GradientCheckpointing::Auto => {}
     }
     let budget = match memory_budget_bytes {
         None => budget(HostMemory::now()?, model.file_bytes()),
