@@ -147,6 +147,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_file_of_an_unfinished_job_stays_past_its_time() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let (training, validation) = (file(&jobs, Some(1000)).await, file(&jobs, Some(1000)).await);
+        let unused = file(&jobs, Some(1000)).await;
+        testing::add_job_with_files(&jobs, training.id, Some(validation.id)).await;
+        assert_eq!(remove_expired(&jobs, 2000).await.expect("a sweep"), 1);
+        assert!(jobs.storage.get(&unused.object_key).await.is_err());
+        for kept in [training, validation] {
+            assert!(jobs.storage.get(&kept.object_key).await.is_ok(), "{} is still there", kept.id);
+        }
+    }
+
+    #[tokio::test]
     async fn only_logs_of_ended_attempts_are_removed() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let jobs = testing::jobs(folder.path()).await;

@@ -23,7 +23,12 @@ pub(super) async fn jobs(folder: &Path) -> Jobs {
 
 /// Adds a job whose data set has to be read.
 pub(super) async fn add_job(jobs: &Jobs) -> JobId {
-    let body = json!({"model": "tiny", "training_file": FileId::new()}).to_string();
+    add_job_with_files(jobs, FileId::new(), None).await
+}
+
+/// Adds a job with those files.
+pub(super) async fn add_job_with_files(jobs: &Jobs, training: FileId, validation: Option<FileId>) -> JobId {
+    let body = json!({"model": "tiny", "training_file": training, "validation_file": validation}).to_string();
     let id = JobId::new();
     let job = Job {
         id,

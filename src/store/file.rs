@@ -127,7 +127,7 @@ pub async fn delete_expired(conn: &mut SqliteConnection, now_ms: i64) -> Result<
     let keys = sqlx::query_scalar!(
         "delete from file
           where expires_at_ms <= ?
-            and not exists (select 1 from job where job.training_file_id = file.id
+            and not exists (select 1 from job where (job.training_file_id = file.id or job.validation_file_id = file.id)
                              and job.status not in ('succeeded', 'failed', 'cancelled'))
          returning object_key",
         now_ms,
