@@ -9,7 +9,7 @@ use crate::types::job_spec::InitFrom;
 /// This owner's adapter of that artifact id, or of the fine-tuned model of that name.
 ///
 /// # Errors
-/// No such adapter.
+/// No such adapter, or one whose job is not finished.
 pub async fn find_adapter(jobs: &Jobs, owner: &str, name: String) -> Result<InitFrom> {
     let mut conn = jobs.store.read().await?;
     let found: Option<(Artifact, Job)> = match name.parse() {
@@ -25,7 +25,8 @@ pub async fn find_adapter(jobs: &Jobs, owner: &str, name: String) -> Result<Init
             None => None,
         },
     };
-    let adapter = found.filter(|(artifact, _)| artifact.kind == ArtifactType::Adapter);
+    // An unfinished job may still put another one in its place.
+    let adapter = found.filter(|(artifact, job)| artifact.kind == ArtifactType::Adapter && job.status.is_final());
     let (artifact, job) = adapter.ok_or_else(|| Error::NoSuchAdapter(name.clone()))?;
     Ok(InitFrom { name, artifact_id: artifact.id, lora: job.spec.train.lora })
 }
