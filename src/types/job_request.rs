@@ -146,7 +146,7 @@ pub struct TrainingFields {
     pub max_seq_length: Option<u32>,
     /// A new order of the examples every epoch; default true.
     pub shuffle: Option<bool>,
-    /// Whether the examples of a micro-batch lie end to end, not padded; changes no result; default true.
+    /// Whether the examples of a micro-batch lie end to end, not padded to one length; default true.
     pub packing: Option<bool>,
     /// `auto`, `none` or `full`.
     #[schema(value_type = Option<String>)]

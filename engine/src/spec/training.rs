@@ -144,7 +144,7 @@ pub struct TrainingSpec {
     /// A new row order every epoch. Default true.
     pub shuffle: bool,
     /// The rows of a micro-batch lie end to end; else each is padded to the longest of them, which costs time and changes no
-    /// result. Default true.
+    /// result but in the last bits (with dropout, masks are others). Default true.
     #[serde(default = "yes")]
     pub packing: bool,
     /// Which activations are kept. Default auto.
