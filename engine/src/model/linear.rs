@@ -59,22 +59,26 @@ pub(crate) fn forward<const N: usize>(
     compute: Compute,
 ) -> Result<[Option<Tensor>; N]> {
     let (tokens, columns) = x.dims2()?;
-    let packed = Left::pack(Matrix::rows(&host(x)?, tokens, columns, columns), 1.0, compute);
+    let x_values = host(x)?;
+    let left = Left::of(Matrix::rows(&x_values, tokens, columns, columns), compute);
     let mut us = [const { None }; N];
     for ((Projection { weight, lora }, out), u) in projections.into_iter().zip(&mut us) {
-        let lora = lora.map(|lora| forward_lora(x, &packed, lora, compute)).transpose()?;
-        let mut lefts = vec![&packed];
-        lefts.extend(lora.as_ref().map(|lora| &lora.packed));
+        let lora = lora.map(|lora| forward_lora(x, &left, lora, compute)).transpose()?;
+        let left_of_lora =
+            lora.as_ref().map(|ForwardLora { u, rank, .. }| Left::of(Matrix::rows(u, tokens, *rank, *rank), compute));
+        let mut lefts = vec![&left];
+        lefts.extend(&left_of_lora);
         host_mut(out, |values| {
             let out = Output { values, columns: weight.rows(), alpha: 1.0, keep };
             product(&lefts, out, &|rows, panel| {
                 panel.push_rows_with(columns, |values| weight.dequantize_part(rows.clone(), 0..columns, values))?;
-                if let Some(ForwardLora { lora_b, rank, .. }) = &lora {
-                    panel.push_rows(&lora_b[rows.start * rank..rows.end * rank], *rank);
+                if let Some(ForwardLora { lora_b, rank, scale, .. }) = &lora {
+                    panel.push_rows(&lora_b[rows.start * rank..rows.end * rank], *rank, *scale);
                 }
                 Ok(())
             })
         })?;
+        drop(left_of_lora);
         *u = lora.map(|ForwardLora { u, rank, .. }| tensor(u, (tokens, rank))).transpose()?;
     }
     Ok(us)
@@ -84,30 +88,31 @@ pub(crate) fn forward<const N: usize>(
 struct ForwardLora<'a> {
     lora_b: crate::ops::Host<'a>,
     rank: usize,
+    scale: f32,
     /// A x.
     u: Vec<f32>,
-    /// scale · A x.
-    packed: Left,
 }
 
-fn forward_lora<'a>(x: &Tensor, x_packed: &Left, lora: Lora<'a>, compute: Compute) -> Result<ForwardLora<'a>> {
+fn forward_lora<'a>(x: &Tensor, left: &Left<'_>, lora: Lora<'a>, compute: Compute) -> Result<ForwardLora<'a>> {
     let Lora { pair: LoraPair { lora_a, lora_b }, scale, dropout } = lora;
     let (tokens, columns) = x.dims2()?;
     let (rank, lora_a) = (lora_a.dim(0)?, host(lora_a)?);
-    let left = match dropout {
-        None => None,
-        Some(_) => {
-            Some(Left::pack(Matrix::rows(&host(&dropped(x, dropout)?)?, tokens, columns, columns), 1.0, compute))
-        }
-    };
     let mut u = vec![0f32; tokens * rank];
     let out = Output { values: &mut u, columns: rank, alpha: 1.0, keep: false };
-    product(&[left.as_ref().unwrap_or(x_packed)], out, &|rows, panel| {
-        panel.push_rows(&lora_a[rows.start * columns..rows.end * columns], columns);
-        Ok(())
-    })?;
-    let packed = Left::pack(Matrix::rows(&u, tokens, rank, rank), scale, compute);
-    Ok(ForwardLora { lora_b: host(lora_b)?, rank, u, packed })
+    let times_a = |left: &Left<'_>, out| {
+        product(&[left], out, &|rows, panel| {
+            panel.push_rows(&lora_a[rows.start * columns..rows.end * columns], columns, 1.0);
+            Ok(())
+        })
+    };
+    match dropout {
+        None => times_a(left, out)?,
+        Some(_) => {
+            let x = dropped(x, dropout)?;
+            times_a(&Left::of(Matrix::rows(&host(&x)?, tokens, columns, columns), compute), out)?;
+        }
+    }
+    Ok(ForwardLora { lora_b: host(lora_b)?, rank, scale, u })
 }
 
 /// A projection's LoRA in backward.
@@ -141,18 +146,20 @@ pub(crate) fn backward(
         if lora.is_none() && dx.is_none() {
             continue;
         }
-        let packed = Left::pack(Matrix::rows(&host(dy)?, tokens, weight.rows(), weight.rows()), 1.0, compute);
-        let lora = lora.map(|lora| backward_lora(x, dy, &packed, lora, compute)).transpose()?;
+        let dy_values = host(dy)?;
+        let left = Left::of(Matrix::rows(&dy_values, tokens, weight.rows(), weight.rows()), compute);
+        let lora = lora.map(|lora| backward_lora(x, dy, &left, lora)).transpose()?;
         let Some(dx) = dx else { continue };
         let strips = weight.has_strips(PANEL_COLUMNS);
         let weight_values = if strips { &[] } else { scratch.dequantize(weight)? };
-        let mut lefts = vec![&packed];
+        let mut lefts = vec![&left];
         // Where a part of the LoRA's share is dropped, it cannot ride in the same product.
         let (folded, apart) = lora.as_ref().map_or((None, None), |lora| match lora.dropout {
             None => (Some(lora), None),
             Some(dropout) => (None, Some((lora, dropout))),
         });
-        lefts.extend(folded.map(|lora| &lora.packed));
+        let left_of_lora = folded.map(|lora| lora.left(tokens, compute));
+        lefts.extend(&left_of_lora);
         host_mut(dx, |values| {
             let out = Output { values, columns, alpha: 1.0, keep: index > 0 };
             product(&lefts, out, &|range, panel| {
@@ -170,7 +177,7 @@ pub(crate) fn backward(
             })
         })?;
         if let Some((lora, dropout)) = apart {
-            add(dx, &lora.dropped_share(tokens, columns, dropout)?)?;
+            add(dx, &lora.dropped_share(tokens, columns, dropout, compute)?)?;
         }
     }
     Ok(())
@@ -180,17 +187,21 @@ pub(crate) fn backward(
 struct BackwardLora<'a> {
     lora_a: crate::ops::Host<'a>,
     rank: usize,
-    /// du.
-    packed: Left,
+    du: Vec<f32>,
     dropout: Option<Dropout>,
 }
 
 impl BackwardLora<'_> {
+    /// du as the left operand of a product.
+    fn left(&self, tokens: usize, compute: Compute) -> Left<'_> {
+        Left::of(Matrix::rows(&self.du, tokens, self.rank, self.rank), compute)
+    }
+
     /// D(du A), (T, in).
-    fn dropped_share(&self, tokens: usize, columns: usize, dropout: Dropout) -> Result<Tensor> {
+    fn dropped_share(&self, tokens: usize, columns: usize, dropout: Dropout, compute: Compute) -> Result<Tensor> {
         let mut share = vec![0f32; tokens * columns];
         let out = Output { values: &mut share, columns, alpha: 1.0, keep: false };
-        product(&[&self.packed], out, &|range, panel| {
+        product(&[&self.left(tokens, compute)], out, &|range, panel| {
             panel.push_columns(&self.lora_a, columns, self.rank, range.start);
             Ok(())
         })?;
@@ -203,15 +214,14 @@ impl BackwardLora<'_> {
 fn backward_lora<'a>(
     x: &Tensor,
     dy: &Tensor,
-    dy_packed: &Left,
+    dy_left: &Left<'_>,
     LoraBackward { lora: Lora { pair, scale, dropout }, gradient, u }: LoraBackward<'a>,
-    compute: Compute,
 ) -> Result<BackwardLora<'a>> {
     let ((tokens, columns), (rows, rank)) = (x.dims2()?, pair.lora_b.dims2()?);
     let mut du = vec![0f32; tokens * rank];
     let lora_b = host(&pair.lora_b)?;
     let out = Output { values: &mut du, columns: rank, alpha: scale, keep: false };
-    product(&[dy_packed], out, &|range, panel| {
+    product(&[dy_left], out, &|range, panel| {
         panel.push_columns(&lora_b, rank, rows, range.start);
         Ok(())
     })?;
@@ -222,12 +232,12 @@ fn backward_lora<'a>(
         add_transposed(db, Matrix::rows(&dy, tokens, rows, rows), u, scale);
         Ok(())
     })?;
-    let du = Matrix::rows(&du, tokens, rank, rank);
     host_mut(&gradient.lora_a, |da| {
+        let du = Matrix::rows(&du, tokens, rank, rank);
         add_transposed(da, du, Matrix::rows(&x, tokens, columns, columns), 1.0);
         Ok(())
     })?;
-    Ok(BackwardLora { lora_a: host(&pair.lora_a)?, rank, packed: Left::pack(du, 1.0, compute), dropout })
+    Ok(BackwardLora { lora_a: host(&pair.lora_a)?, rank, du, dropout })
 }
 
 /// The LoRA's input: x itself, or what dropout leaves of it.

@@ -174,7 +174,7 @@ impl<'a> Buffers<'a> {
     fn project(&mut self, h: &[f32], tokens: usize) -> Result<&mut [f32]> {
         let (weight, columns, vocabulary) = (self.weight, self.weight.columns(), self.weight.rows());
         let logits = &mut self.logits[..tokens * vocabulary];
-        let h = Left::pack(Matrix::rows(h, tokens, columns, columns), 1.0, self.compute);
+        let h = Left::of(Matrix::rows(h, tokens, columns, columns), self.compute);
         let out = Output { values: logits, columns: vocabulary, alpha: 1.0, keep: false };
         product(&[&h], out, &|rows, panel| {
             panel.push_rows_with(columns, |values| weight.dequantize_part(rows, 0..columns, values))
@@ -195,7 +195,7 @@ impl<'a> Buffers<'a> {
                 self.weight.dequantize_rows(first..first + rows, band)?;
             }
             let dz = Matrix::rows(&self.logits[first..], tokens, rows, vocabulary);
-            let dz = Left::pack(dz, 1.0, self.compute);
+            let dz = Left::of(dz, self.compute);
             let out = Output { values: drows, columns, alpha: 1.0, keep: first > 0 };
             product(&[&dz], out, &|range, panel| {
                 if strips {

@@ -47,7 +47,7 @@ pub enum Optimizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ComputeType {
-    /// bf16 where the processor multiplies it faster than f32 (AVX512-BF16), else f32; decided once a run.
+    /// bf16 where the processor multiplies it faster than f32 (AMD's with AVX512-BF16), else f32; decided once a run.
     #[default]
     Auto,
     /// As activations and dequantized weights are.

@@ -41,8 +41,9 @@ fn cannot_begin(error: Error) -> Error {
 /// What `auto` means on this processor.
 pub(super) fn compute(wanted: ComputeType) -> Result<Compute> {
     match (wanted, Compute::bf16()) {
-        (ComputeType::F32, _) | (ComputeType::Auto, None) => Ok(Compute::F32),
-        (ComputeType::Auto | ComputeType::Bf16, Some(bf16)) => Ok(bf16),
+        (ComputeType::Auto, _) => Ok(Compute::fastest()),
+        (ComputeType::F32, _) => Ok(Compute::F32),
+        (ComputeType::Bf16, Some(bf16)) => Ok(bf16),
         (ComputeType::Bf16, None) => {
             let field = "training.compute";
             let message = format!("{field} must be auto or f32 on a processor without AVX512-BF16, got `bf16`");

@@ -13,6 +13,7 @@
 mod kernel;
 mod pack;
 mod product;
+mod transpose;
 
 use candle_core::{CpuStorage, Layout, Storage, Tensor};
 use gemm::Parallelism;
@@ -39,6 +40,11 @@ impl Compute {
     /// bf16, where this processor has instructions for it.
     pub fn bf16() -> Option<Self> {
         (kernel::level() == kernel::Level::Avx512Bf16).then_some(Self::Bf16)
+    }
+
+    /// The faster one on this processor.
+    pub fn fastest() -> Self {
+        Self::bf16().filter(|_| kernel::bf16_is_faster()).unwrap_or(Self::F32)
     }
 
     /// Lanes that a depth of k values takes.

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
-use super::kernel::{self, COLUMNS, ROWS, Tile, VECTOR};
+use super::kernel::{self, COLUMNS, Operands, ROWS, Tile, VECTOR};
 use super::pack::{Left, Panel};
-use super::{Compute, Matrix, span};
+use super::{Matrix, span};
 use crate::Result;
 
 /// Tokens that a sum over tokens takes at once, so that what it reads stays in the second-level cache.
@@ -50,7 +50,7 @@ impl Place {
 /// # Panics
 /// If the operands differ in rows, compute type or depth, or the output has another size.
 pub(crate) fn product(
-    lefts: &[&Left],
+    lefts: &[&Left<'_>],
     out: Output<'_>,
     fill: &(dyn Fn(Range<usize>, &mut Panel) -> Result<()> + Sync),
 ) -> Result<()> {
@@ -73,12 +73,12 @@ pub(crate) fn product(
             for row_panel in row_panels {
                 let (first_row, mut after) = (row_panel * ROWS, 0);
                 for (index, left) in lefts.iter().enumerate() {
-                    let (lanes, depth) = (left.panel(row_panel), left.depth());
+                    let (a, depth) = (left.panel(row_panel), left.depth());
                     let b = &right[after * width..(after + depth) * width];
                     let tile = Tile {
                         depth,
-                        a: lanes.as_ptr(),
-                        a_step: ROWS,
+                        a: a.lanes.as_ptr(),
+                        a_step: a.step,
                         b: b.as_ptr(),
                         b_step: width,
                         c: place.at(first_row * columns + range.start),
@@ -86,9 +86,9 @@ pub(crate) fn product(
                         alpha,
                         keep: keep || index > 0,
                     };
-                    // SAFETY: the panels hold `depth` steps of 12 and `width` lanes; the tile's rows and columns lie inside
-                    // the output, and no other task has them.
-                    unsafe { run(&tile, ROWS.min(rows - first_row), range.len(), compute) };
+                    // SAFETY: the left panel holds its rows over the whole depth, the right one `depth` steps of `width` lanes;
+                    // the tile's rows and columns lie inside the output, and no other task has them.
+                    unsafe { run(&tile, ROWS.min(rows - first_row), range.len(), a.operands) };
                     after += depth;
                 }
             }
@@ -192,7 +192,7 @@ fn add_part(place: Place, out_columns: usize, a: Matrix<'_>, b: Matrix<'_>, alph
                     keep: true,
                 };
                 // SAFETY: the lengths of both operands were just checked; the tile lies inside this task's part of the output.
-                unsafe { run(&tile, high, wide, Compute::F32) };
+                unsafe { run(&tile, high, wide, Operands::F32) };
             }
         }
     }
@@ -210,11 +210,11 @@ fn copy_tail(values: &[f32], stride: usize, depth: usize, wide: usize, tail: &mu
 /// Runs a tile of `rows` by `columns`; one that does not fill its vectors goes through a buffer.
 ///
 /// # Safety
-/// A reaches over `depth` steps of `rows` lanes, B over `depth` steps of whole vectors, and the rows and columns of C are the
+/// A reaches over `rows` rows of `depth` lanes, however they lie, B over `depth` steps of whole vectors, and the rows and columns of C are the
 /// caller's alone.
-unsafe fn run(tile: &Tile, rows: usize, columns: usize, compute: Compute) {
+unsafe fn run(tile: &Tile, rows: usize, columns: usize, operands: Operands) {
     let vectors = columns.div_ceil(VECTOR);
-    let function = kernel::run(rows, vectors, compute == Compute::Bf16);
+    let function = kernel::run(rows, vectors, operands);
     if columns == vectors * VECTOR {
         // SAFETY: the caller's.
         return unsafe { function(tile) };
