@@ -4,10 +4,8 @@
 # Measure on an idle machine. `scripts/bench-cpu.sh [ROUNDS] [STEPS]`
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# shellcheck source=scripts/lib/server.sh
-. scripts/lib/server.sh
-# shellcheck source=scripts/lib/venv.sh
-. scripts/lib/venv.sh
+# shellcheck source=scripts/lib/peers.sh
+. scripts/lib/peers.sh
 
 check_tools
 say "Python environment"
@@ -15,9 +13,7 @@ python_environment peft transformers torch gguf safetensors
 say "Build"
 build
 base=$(scripts/get-model.sh)
-trap_exit
-work=$(mktemp -d "${TMPDIR:-/tmp}/lorad-bench-XXXXXX")
+work_folder
 say "Measuring"
 "$python" scripts/lib/bench_cpu.py "$lorad" "$base" "$python" "$work" "$@"
-uname -srm
-sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1
+machine

@@ -4,22 +4,22 @@
 # Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# shellcheck source=scripts/lib/server.sh
-. scripts/lib/server.sh
+# shellcheck source=scripts/lib/peers.sh
+. scripts/lib/peers.sh
 
 check_tools
 say "Build"
-cargo build --release --workspace --examples --locked
+build_examples prepare
 model=${LORAD_SMOLLM2:-$(scripts/get-model.sh)}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work_folder
 [ $# -gt 0 ] || set -- 52000 208000
 for rows in "$@"; do
     say "$rows rows"
     python3 scripts/lib/alpaca_rows.py "$rows" "${LORAD_ALPACA:-}" >"$work/data.jsonl"
     for round in 1 2 3; do
         printf '%s: ' "$round"
-        "${CARGO_TARGET_DIR:-target}/release/examples/prepare" "$model" "$work/data.jsonl" "$work"
+        # shellcheck disable=SC2154 # set by build_examples
+        "$examples/prepare" "$model" "$work/data.jsonl" "$work"
         echo
     done
 done

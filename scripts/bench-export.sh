@@ -5,23 +5,16 @@
 # LORAD_LLAMA_CPP names the folder of llama.cpp's tools; else they are built once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# shellcheck source=scripts/lib/server.sh
-. scripts/lib/server.sh
-# shellcheck source=scripts/lib/venv.sh
-. scripts/lib/venv.sh
-# shellcheck source=scripts/lib/llama_cpp.sh
-. scripts/lib/llama_cpp.sh
+# shellcheck source=scripts/lib/peers.sh
+. scripts/lib/peers.sh
 
 check_tools
 say "Tools"
 python_environment numpy
 llama_cpp_tools llama-quantize
-cargo build --release --workspace --locked --example convert
-convert=$(json target_directory <<<"$(cargo metadata --format-version 1 --no-deps --locked)")/release/examples/convert
-trap_exit
-work=$(mktemp -d "${TMPDIR:-/tmp}/lorad-bench-XXXXXX")
+build_examples convert
+work_folder
 say "Measuring"
-# shellcheck disable=SC2154 # set by the files above
-"$python" scripts/lib/bench_export.py "$convert" "$llama_cpp/llama-quantize" "$work" "$@"
-uname -srm
-sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1
+# shellcheck disable=SC2154 # set by the functions above
+"$python" scripts/lib/bench_export.py "$examples/convert" "$llama_cpp/llama-quantize" "$work" "$@"
+machine

@@ -5,20 +5,15 @@
 # its tools). LORAD_SHARED_DATA names a folder of real files to compare on too. Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# shellcheck source=scripts/lib/server.sh
-. scripts/lib/server.sh
-# shellcheck source=scripts/lib/venv.sh
-. scripts/lib/venv.sh
-# shellcheck source=scripts/lib/llama_cpp.sh
-. scripts/lib/llama_cpp.sh
+# shellcheck source=scripts/lib/peers.sh
+. scripts/lib/peers.sh
 
 check_tools
 llama_cpp_tools llama-tokenize
 say "Build"
-cargo build --release --workspace --examples --locked
-examples=${CARGO_TARGET_DIR:-target}/release/examples
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+build_examples tokenize tiny_model
+work_folder
+# shellcheck disable=SC2154 # set by the functions above
 compare=(python3 scripts/lib/compare_tokenizer.py "$examples/tokenize" "$llama_cpp/llama-tokenize")
 more=()
 [ ! -d "${LORAD_SHARED_DATA:-}" ] || more=(--data "$LORAD_SHARED_DATA")

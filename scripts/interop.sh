@@ -4,18 +4,14 @@
 # of PyTorch; LORAD_VENV and LORAD_LLAMA_CPP name an environment and a folder that have it already). Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# shellcheck source=scripts/lib/server.sh
-. scripts/lib/server.sh
-# shellcheck source=scripts/lib/venv.sh
-. scripts/lib/venv.sh
-# shellcheck source=scripts/lib/llama_cpp.sh
-. scripts/lib/llama_cpp.sh
+# shellcheck source=scripts/lib/peers.sh
+. scripts/lib/peers.sh
 
 check_tools
 say "Python environment"
 python_environment openai peft transformers torch gguf safetensors
 say "llama.cpp"
-llama_cpp_tools llama-completion
+llama_cpp_tools llama-completion llama-quantize
 say "Build"
 build
 base=$(scripts/get-model.sh)
