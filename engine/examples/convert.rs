@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(Delta { lora_a: Cow::Borrowed(a), lora_b: Cow::Borrowed(b) })
     };
     let outputs: Vec<(Quantization, &Path)> = outputs.iter().map(|(how, path)| (*how, path.as_path())).collect();
-    let merge = Merge { base: &base, lora: (rank > 0).then_some(&lora), name_suffix: None };
+    let merge = Merge { base: &base, lora: (rank > 0).then_some(&lora), name_suffix: None, chat_template: None };
     let started = Instant::now();
     let mut written = None;
     let tensors = base.tensors().len();

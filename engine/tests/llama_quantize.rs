@@ -23,7 +23,7 @@ fn tool() -> Option<PathBuf> {
 
 fn convert(base: &Path, quantization: Quantization, target: &Path) {
     let base = GgufFile::open(base).unwrap();
-    let merge = Merge { base: &base, lora: None, name_suffix: None };
+    let merge = Merge { base: &base, lora: None, name_suffix: None, chat_template: None };
     let reports =
         merged_gguf(&merge, &|_, _| None, &[(quantization, target)], &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(reports.unwrap().len(), 1);

@@ -45,8 +45,8 @@ pub struct ExportArgs {
     /// What the tuned model is called, after its base's name [default: the name of the adapter's folder]
     #[arg(long)]
     name: Option<String>,
-    /// Prompt text that the adapter was trained with, for the Modelfile of ollama: auto (the model's own chat template), alpaca, a
-    /// Jinja text, or @FILE that holds one
+    /// Prompt text that the adapter was trained with, which merged models then carry as their chat template: auto (the model's
+    /// own), alpaca, a Jinja text, or @FILE that holds one
     #[arg(long, value_parser = super::dataset::template, default_value = "auto")]
     template: Template,
     /// Put the GGUF files of type gguf where LM Studio looks for them below --output: PUBLISHER/MODEL/MODEL-TYPE.gguf
@@ -156,11 +156,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
     let model = Llama::load(&base)?;
     let lora = chat::load_adapter(&args.adapter, &model)
         .with_context(|| format!("cannot export {}", args.adapter.display()))?;
-    let template = match (ChatTemplate::for_model(&args.template, &tokenizer), &args.template) {
-        // A base without a template, or with one that is broken, can be exported nevertheless.
-        (template, Template::Auto) => template.ok(),
-        (template, Template::Alpaca | Template::Jinja(_)) => Some(template.context("--template cannot be used")?),
-    };
+    let template = ChatTemplate::for_export(&args.template, &tokenizer).context("--template cannot be used")?;
     let (name, base_model) = (args.name(), hub_name(&base_name));
     let card = ModelCard { name: &name, base_model: &base_model, lora: lora.layout().spec(), training: None };
     let tuned = Tuned {
@@ -179,7 +175,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<()> {
 }
 
 /// Makes the exports with a progress bar; `None` where Ctrl-C came first.
-fn export(tuned: &Tuned<'_>, wanted: &[Wanted], stop: &AtomicBool) -> anyhow::Result<Option<Vec<Exported>>> {
+pub(super) fn export(tuned: &Tuned<'_>, wanted: &[Wanted], stop: &AtomicBool) -> anyhow::Result<Option<Vec<Exported>>> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {elapsed}")?);
     let mut on_progress = |kind: ExportKind, progress: Progress| {

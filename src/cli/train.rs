@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lorad_engine::adapter::{LoraParams, peft_spec};
-use lorad_engine::data::{self, Dataset};
-use lorad_engine::export::{ModelCard, Quantization, TrainingFacts, merged_lora};
+use lorad_engine::adapter::peft_spec;
+use lorad_engine::data::{self, ChatTemplate, Dataset};
+use lorad_engine::export::{ExportKind, ModelCard, Quantization, TrainingFacts, Tuned, Wanted};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{
@@ -58,8 +58,8 @@ pub struct TrainArgs {
     /// PEFT folder whose values the LoRA starts with; what is not said about the LoRA is taken from it
     #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
-    /// Also write the merged model, as model-q4_k_m.gguf for one: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_0, q4_k_m,
-    /// q4_k_s, q4_0, q3_k_m, q2_k (may be given several times)
+    /// Also write the merged model, as `lorad export` does, as model-q4_k_m.gguf for one: f32, f16, bf16, q8_0, q6_k, q5_k_m,
+    /// q5_k_s, q5_0, q4_k_m, q4_k_s, q4_0, q3_k_m, q2_k (may be given several times)
     #[arg(long, value_name = "TYPE", value_parser = export::quantization)]
     gguf: Vec<Quantization>,
     /// Seed of LoRA initialisation and shuffling [default: 3407]
@@ -217,6 +217,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     lorad_engine::allocator::keep_freed_memory();
     let spec = TrainSpec::resolve(&args.options()?)?;
     let (name, path) = args.model.resolve()?;
+    let wanted = merged_files(args)?;
     let file = GgufFile::open(&path)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
@@ -267,34 +268,40 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let card = ModelCard { name: &title, base_model: &base_model, lora, training: Some(training) };
     card.save_adapter(&outcome.lora, &args.out)?;
     eprintln!("adapter: {}", args.out.display());
-    merge(&file, &outcome.lora, &args.gguf, &args.out, &stop)?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let template = ChatTemplate::for_export(&spec.dataset.template, &tokenizer)?;
+    let tuned = Tuned {
+        base: &file,
+        model: &model,
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        lora: &outcome.lora,
+        name_suffix: &title,
+        card: &card,
+    };
+    let Some(made) = export::export(&tuned, &wanted, &stop)? else {
+        bail!("stopped before the merged model was whole; the same command with --resume goes on from there");
+    };
+    made.iter().for_each(|made| eprintln!("merged model: {}: {}", made.path.display(), made.parity));
     Ok(())
 }
 
-fn merge(
-    file: &GgufFile,
-    lora: &LoraParams,
-    quantizations: &[Quantization],
-    out: &Path,
-    stop: &AtomicBool,
-) -> anyhow::Result<()> {
-    if quantizations.is_empty() {
-        return Ok(());
+/// The merged files that are asked for, each once. One that is there already is told before the training.
+fn merged_files(args: &TrainArgs) -> anyhow::Result<Vec<Wanted>> {
+    let mut wanted: Vec<Wanted> = Vec::new();
+    for &quantization in &args.gguf {
+        let kind = ExportKind::Gguf(quantization);
+        let path = args.out.join(format!("model-{}.gguf", quantization.name()));
+        if path.exists() {
+            bail!("{} is there already: remove it, or leave out --gguf {}", path.display(), quantization.name());
+        }
+        if !wanted.iter().any(|other| other.kind == kind) {
+            wanted.push(Wanted { kind, path });
+        }
     }
-    let path = |quantization: Quantization| out.join(format!("model-{}.gguf", quantization.name()));
-    let paths: Vec<PathBuf> = quantizations.iter().copied().map(path).collect();
-    let outputs: Vec<(Quantization, &Path)> =
-        quantizations.iter().zip(&paths).map(|(&how, path)| (how, path.as_path())).collect();
-    let suffix = out.file_name().map(|name| name.to_string_lossy());
-    let mut on_progress = |_| match stop.load(Ordering::Relaxed) {
-        true => ControlFlow::Break(()),
-        false => ControlFlow::Continue(()),
-    };
-    if merged_lora(file, lora, suffix.as_deref(), &outputs, &mut on_progress)?.is_none() {
-        bail!("stopped before the merged model was whole; the same command with --resume goes on from there");
-    }
-    paths.iter().for_each(|path| eprintln!("merged model: {}", path.display()));
-    Ok(())
+    Ok(wanted)
 }
 
 /// Prints what a run would need, a name and a value a line.

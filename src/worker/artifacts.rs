@@ -61,7 +61,7 @@ impl Trained<'_> {
         scratch: &Path,
         progress: &Progress,
     ) -> lorad_engine::Result<Vec<Made>> {
-        let template = ChatTemplate::for_model(&task.spec.dataset.template, self.tokenizer)?;
+        let template = ChatTemplate::for_export(&task.spec.dataset.template, self.tokenizer)?;
         let base_name = &task.base_model.name;
         let repository = Reference::parse(base_name).ok().and_then(|reference| reference.repository_id());
         let Outcome { lora, step, trained_tokens, best, .. } = self.outcome;
@@ -82,7 +82,7 @@ impl Trained<'_> {
             base: self.base,
             model: self.model,
             tokenizer: self.tokenizer,
-            template: Some(&template),
+            template: template.as_ref(),
             lora,
             name_suffix: name_suffix(&task.model_name),
             card: &card,

@@ -132,6 +132,13 @@ fn an_adapter_is_continued_merged_and_talked_to() {
     let home = Home::new();
     let first = home.train("first", &["--n-epochs", "8", "--r", "4", "--learning-rate", "1e-2", "--gguf", "f16"]);
     assert!(first.status.success(), "{}", stderr(&first));
+    assert!(
+        stderr(&first).contains("merged model: first/model-f16.gguf: "),
+        "with its certificate: {}",
+        stderr(&first)
+    );
+    let there = home.train("first", &["--n-epochs", "8", "--gguf", "f16", "--resume"]);
+    assert!(stderr(&there).contains("first/model-f16.gguf is there already: remove it"), "{}", stderr(&there));
     let second = home.train("second", &["--max-steps", "2", "--init-from", "first"]);
     assert!(second.status.success(), "{}", stderr(&second));
     let again = home.train("second", &["--max-steps", "2", "--init-from", "first", "--resume"]);
@@ -153,6 +160,24 @@ fn an_adapter_is_continued_merged_and_talked_to() {
     assert!(tuned.starts_with("They are "), "{tuned}");
     assert_ne!(chat("tiny.gguf", &[]), tuned);
     assert_eq!(chat("first/model-f16.gguf", &[]), tuned);
+}
+
+#[test]
+fn a_merged_model_prompts_as_it_was_trained() {
+    let home = Home::new();
+    let arguments = ["--n-epochs", "8", "--r", "4", "--learning-rate", "1e-2", "--template", "alpaca", "--gguf", "f16"];
+    let trained = home.train("alpaca", &arguments);
+    assert!(trained.status.success(), "{}", stderr(&trained));
+    let chat = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command.args(["chat", "--prompt", "How many are 3 and 3?", "--max-tokens", "12"]).args(arguments);
+        let output = command.current_dir(home.0.path()).output().expect("a process");
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let tuned = chat(&["--base", "tiny.gguf", "--adapter", "alpaca", "--template", "alpaca"]);
+    assert_eq!(chat(&["--base", "alpaca/model-f16.gguf"]), tuned, "the file's own template is the trained one");
+    assert_ne!(chat(&["--base", "tiny.gguf", "--adapter", "alpaca"]), tuned, "the base's own is another");
 }
 
 #[test]

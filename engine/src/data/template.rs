@@ -137,6 +137,8 @@ pub struct ChatTemplate {
     chat: Source,
     /// The model's own template for conversations in which functions can be called, where it has one.
     tool_use: Option<Source>,
+    /// The template's text, where it is not the model's own.
+    replacement: Option<String>,
 }
 
 /// One of a model's templates, and what it has a place for.
@@ -167,7 +169,7 @@ impl ChatTemplate {
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let mut environment = jinja::environment();
         let chat = add(&mut environment, "chat_template", source)?;
-        Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned(), chat, tool_use: None })
+        Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned(), chat, tool_use: None, replacement: None })
     }
 
     /// The template that a run uses: the one that it was given, the model's own, or the Alpaca prompt where it has none or
@@ -187,10 +189,29 @@ impl ChatTemplate {
             return Err(Error::Template("the Alpaca prompt needs an eos_token_id, and the model has none".into()));
         }
         let mut template = Self::new(source.unwrap_or(ALPACA), bos, eos)?;
+        let own = source.is_some() && *choice == Template::Auto;
+        template.replacement = (!own).then(|| source.unwrap_or(ALPACA).to_owned());
         if let Some(tool_use) = tool_use {
             template.tool_use = Some(add(&mut template.environment, "tool_use", tool_use)?);
         }
         Ok(template)
+    }
+
+    /// As [`Self::for_model`], for what is made of a tuned model: a model whose own template cannot be used has none, for it can be
+    /// trained on texts and exported nevertheless.
+    ///
+    /// # Errors
+    /// As [`Self::for_model`], for a template that was asked for.
+    pub fn for_export(choice: &Template, tokenizer: &Tokenizer) -> Result<Option<Self>> {
+        match (Self::for_model(choice, tokenizer), choice) {
+            (template, Template::Auto) => Ok(template.ok()),
+            (template, Template::Alpaca | Template::Jinja(_)) => template.map(Some),
+        }
+    }
+
+    /// The template's Jinja text, where it is not the model's own: whoever prompts the tuned model must be told of it.
+    pub(crate) fn replacement(&self) -> Option<&str> {
+        self.replacement.as_deref()
     }
 
     /// The text of a conversation; with `add_generation_prompt` it ends where the assistant's answer begins.

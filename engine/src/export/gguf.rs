@@ -25,6 +25,8 @@ use crate::{Error, Result};
 
 /// ggml's version of the block formats, unchanged since 2023.
 const QUANTIZATION_VERSION: u32 = 2;
+/// The key of the chat template; those of templates for other uses begin with it too, as does the list of their names.
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 /// Bands that may wait for a file's thread, so that it is neither idle nor far behind.
 const WAITING_BANDS: usize = 2;
 /// Bytes that are read back at a time.
@@ -250,10 +252,10 @@ pub(super) fn projection(name: &str) -> Option<(usize, Target)> {
     Some((layer.parse().ok()?, target))
 }
 
-/// The base's metadata in its order, with the name and the facts of storage set anew. What only told of the base's own
+/// The base's metadata in its order, with the name, the chat template and the facts of storage set anew. What only told of the base's own
 /// quantization or of its parts is left out.
 fn metadata(merge: &Merge<'_>, quantization: Quantization) -> Vec<(String, Value)> {
-    let mut storage = vec![
+    let mut changed = vec![
         ("general.file_type", Value::U32(quantization.file_type())),
         ("general.quantization_version", Value::U32(QUANTIZATION_VERSION)),
     ];
@@ -263,15 +265,21 @@ fn metadata(merge: &Merge<'_>, quantization: Quantization) -> Vec<(String, Value
     };
     if let Some(suffix) = merge.name_suffix {
         let name = base_name.map_or_else(Vec::new, |name| [name, b" ".to_vec()].concat());
-        storage.push(("general.name", Value::String([&name, suffix.as_bytes()].concat())));
+        changed.push(("general.name", Value::String([&name, suffix.as_bytes()].concat())));
     }
     if merge.base.value("general.alignment").is_some() {
-        storage.push(("general.alignment", Value::U32(DEFAULT_ALIGNMENT as u32)));
+        changed.push(("general.alignment", Value::U32(DEFAULT_ALIGNMENT as u32)));
     }
-    let stale = |key: &str| key.starts_with("quantize.") || key.starts_with("split.");
+    if let Some(template) = merge.chat_template {
+        changed.push((CHAT_TEMPLATE, Value::String(template.as_bytes().to_vec())));
+    }
+    // Beside a template that takes the base's place, its templates for other uses would prompt otherwise than was trained.
+    let own_template =
+        |key: &str| merge.chat_template.is_some() && key != CHAT_TEMPLATE && key.starts_with(CHAT_TEMPLATE);
+    let stale = |key: &str| key.starts_with("quantize.") || key.starts_with("split.") || own_template(key);
     let mut metadata: Vec<(String, Value)> =
         merge.base.metadata().iter().filter(|(key, _)| !stale(key)).cloned().collect();
-    for (key, value) in storage {
+    for (key, value) in changed {
         match metadata.iter_mut().find(|(existing, _)| existing == key) {
             Some((_, existing)) => *existing = value,
             None => metadata.push((key.to_owned(), value)),

@@ -14,6 +14,7 @@ use super::safetensors::{Float, MAX_SHARD_BYTES, ShardWriter, Shards, TensorPlan
 use super::tokenizer_json::TokenizerFiles;
 use super::{Delta, Progress};
 use crate::adapter::LoraParams;
+use crate::data::ChatTemplate;
 use crate::gguf::{GgufFile, TensorInfo, TensorSpec, Writer};
 use crate::model::weights::Weight;
 use crate::model::{Config, Shape};
@@ -45,12 +46,23 @@ pub(super) fn write_merged(
     base: &GgufFile,
     lora: &LoraParams,
     tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
     folder: &Path,
     on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<bool> {
+    let context_length = Config::from_gguf(base)?.context_length;
+    let files = TokenizerFiles::new(base, tokenizer, template, context_length)?;
+    for (name, value) in [
+        ("tokenizer.json", &files.tokenizer),
+        ("tokenizer_config.json", &files.config),
+        ("special_tokens_map.json", &files.special_tokens),
+    ] {
+        write_json(&folder.join(name), value)?;
+    }
     write_shards(base, lora, tokenizer, folder, MAX_SHARD_BYTES, on_progress)
 }
 
+/// Writes weights and configuration.
 fn write_shards(
     base: &GgufFile,
     lora: &LoraParams,
@@ -62,16 +74,8 @@ fn write_shards(
     let config = Config::from_gguf(base)?;
     let float = float_of(base);
     let configs = Configs::new(base, &config, tokenizer, float)?;
-    let files = TokenizerFiles::new(base, tokenizer, config.context_length)?;
-    for (name, value) in [
-        ("config.json", &configs.config),
-        ("generation_config.json", &configs.generation_config),
-        ("tokenizer.json", &files.tokenizer),
-        ("tokenizer_config.json", &files.config),
-        ("special_tokens_map.json", &files.special_tokens),
-    ] {
-        write_json(&folder.join(name), value)?;
-    }
+    write_json(&folder.join("config.json"), &configs.config)?;
+    write_json(&folder.join("generation_config.json"), &configs.generation_config)?;
     let tensors: Vec<&TensorInfo> = base.tensors().iter().filter(|tensor| tensor.name != ROPE_FACTORS).collect();
     let plan = |tensor: &&TensorInfo| Ok(TensorPlan { name: hf_name(&tensor.name)?, shape: tensor.shape.clone() });
     let plans = tensors.iter().map(plan).collect::<Result<Vec<_>>>()?;
@@ -136,7 +140,7 @@ pub(super) fn read_merged(base: &GgufFile, folder: &Path, target: &Path) -> Resu
 pub(super) fn check_merged(base: &GgufFile, tokenizer: &Tokenizer) -> Result<()> {
     let config = Config::from_gguf(base)?;
     Configs::new(base, &config, tokenizer, float_of(base))?;
-    TokenizerFiles::new(base, tokenizer, config.context_length)?;
+    TokenizerFiles::new(base, tokenizer, None, config.context_length)?;
     let mut tensors = base.tensors().iter().filter(|tensor| tensor.name != ROPE_FACTORS);
     tensors.try_for_each(|tensor| hf_name(&tensor.name).map(drop))
 }
@@ -274,7 +278,7 @@ mod tests {
         let base = GgufFile::open(&path).unwrap();
         let (model, tokenizer) = (Llama::load(&base).unwrap(), Tokenizer::from_gguf(&base).unwrap());
         let lora = random_lora(&model.config().shape, 4).unwrap();
-        let error = write_merged(&base, &lora, &tokenizer, folder.path(), &mut |_| ControlFlow::Continue(()));
+        let error = write_merged(&base, &lora, &tokenizer, None, folder.path(), &mut |_| ControlFlow::Continue(()));
         let says = "`rope_freqs.weight` does not follow Llama 3's formula";
         assert!(error.unwrap_err().to_string().contains(says));
         assert!(check_merged(&base, &tokenizer).unwrap_err().to_string().contains(says), "told before a training");

@@ -14,16 +14,10 @@ mod tokenizer_json;
 mod tuned;
 
 use std::borrow::Cow;
-use std::collections::HashMap;
-use std::ops::ControlFlow;
-use std::path::Path;
 
 use serde::Serialize;
 
-use crate::Result;
-use crate::adapter::LoraParams;
 use crate::gguf::GgufFile;
-use crate::ops::host;
 use crate::spec::{LoraSpec, Target};
 
 pub use gguf::merged_gguf;
@@ -54,6 +48,8 @@ pub struct Merge<'a> {
     pub lora: Option<&'a LoraSpec>,
     /// Appended to the base's `general.name`, after a space.
     pub name_suffix: Option<&'a str>,
+    /// Takes the place of the base's chat templates.
+    pub chat_template: Option<&'a str>,
 }
 
 /// How far an export has come.
@@ -78,32 +74,6 @@ pub struct ExportReport {
     pub fallback_tensors: Vec<String>,
     /// Size of the file.
     pub size_bytes: u64,
-}
-
-/// Writes the base with a trained LoRA merged in, a file for each quantization, as [`merged_gguf`] does; the suffix sets their
-/// name off from the base's.
-///
-/// # Errors
-/// As [`merged_gguf`].
-pub fn merged_lora(
-    base: &GgufFile,
-    lora: &LoraParams,
-    name_suffix: Option<&str>,
-    outputs: &[(Quantization, &Path)],
-    on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<Option<Vec<ExportReport>>> {
-    let mut copies = HashMap::new();
-    for (layer, projection) in lora.projections() {
-        let Some(pair) = lora.pair(layer, projection) else { continue };
-        let copy = |matrix| Ok::<_, crate::Error>(Cow::Owned(host(matrix)?.to_vec()));
-        copies.insert((layer, projection), Delta { lora_a: copy(&pair.lora_a)?, lora_b: copy(&pair.lora_b)? });
-    }
-    let borrow = |layer, projection| {
-        let Delta { lora_a, lora_b } = copies.get(&(layer, projection))?;
-        Some(Delta { lora_a: Cow::Borrowed(lora_a), lora_b: Cow::Borrowed(lora_b) })
-    };
-    let merge = Merge { base, lora: Some(lora.layout().spec()), name_suffix };
-    merged_gguf(&merge, &borrow, outputs, on_progress)
 }
 
 #[cfg(test)]

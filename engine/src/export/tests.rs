@@ -10,7 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{Delta, Deltas, ExportReport, Merge, Progress, Quantization, merged_gguf};
-use crate::gguf::{GgufFile, TensorInfo, Value};
+use crate::gguf::{GgufFile, TensorInfo, TensorSpec, Value, Writer};
 use crate::quant::BlockType;
 use crate::quant::tests::tolerance;
 use crate::spec::{LoraSpec, Target};
@@ -55,7 +55,7 @@ fn delta(base: &GgufFile, layer: usize, target: Target) -> Option<Delta<'static>
 
 fn export(base: &GgufFile, quantization: Quantization, target: &Path) -> Result<ExportReport> {
     let delta = |layer, target| delta(base, layer, target);
-    let merge = Merge { base, lora: Some(&lora()), name_suffix: Some("tuned") };
+    let merge = Merge { base, lora: Some(&lora()), name_suffix: Some("tuned"), chat_template: None };
     let reports = merged_gguf(&merge, &delta, &[(quantization, target)], &mut |_| ControlFlow::Continue(()))?;
     Ok(reports.expect("not stopped").remove(0))
 }
@@ -158,6 +158,41 @@ fn metadata_is_the_bases_but_for_what_tells_of_storage() {
 }
 
 #[test]
+fn a_template_in_place_of_the_bases_leaves_none_of_its_others() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = tiny(folder.path());
+    let other = ("tokenizer.chat_template.tool_use".to_owned(), Value::from("{{ tools }}"));
+    let metadata = [base.metadata(), &[other]].concat();
+    let spec = |tensor: &TensorInfo| {
+        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        TensorSpec { name, shape, dtype: tensor.dtype().expect("known") }
+    };
+    let specs: Vec<TensorSpec> = base.tensors().iter().map(spec).collect();
+    let path = folder.path().join("with-tools.gguf");
+    let mut writer = Writer::create(&path, &metadata, &specs).expect("a file");
+    for tensor in base.tensors() {
+        writer.write(&tensor.name, base.data(tensor).expect("there")).expect("written");
+    }
+    writer.finish().expect("whole");
+    let base = GgufFile::open(&path).expect("our own file");
+    for (chat_template, keys) in [
+        (None, ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"].as_slice()),
+        (Some("{{ messages }}"), &["tokenizer.chat_template"]),
+    ] {
+        let merge = Merge { base: &base, lora: None, name_suffix: None, chat_template };
+        let target = folder.path().join("merged.gguf");
+        let outputs = [(Quantization::F16, target.as_path())];
+        merged_gguf(&merge, &|_, _| None, &outputs, &mut |_| ControlFlow::Continue(())).expect("exported");
+        let merged = GgufFile::open(&target).expect("readable");
+        let found = merged.metadata().iter().map(|(key, _)| key.as_str());
+        assert_eq!(found.filter(|key| key.starts_with("tokenizer.chat_template")).collect::<Vec<_>>(), keys);
+        let expected =
+            chat_template.map_or_else(|| base.value("tokenizer.chat_template").cloned(), |text| Some(text.into()));
+        assert_eq!(merged.value("tokenizer.chat_template"), expected.as_ref());
+    }
+}
+
+#[test]
 fn a_stopped_or_failed_export_leaves_nothing_behind() {
     let folder = tempfile::tempdir().expect("a folder");
     let base = tiny(folder.path());
@@ -165,7 +200,7 @@ fn a_stopped_or_failed_export_leaves_nothing_behind() {
     let target = out.path().join("merged.gguf");
     let given = |layer, target| delta(&base, layer, target);
     let lora = lora();
-    let merge = Merge { base: &base, lora: Some(&lora), name_suffix: None };
+    let merge = Merge { base: &base, lora: Some(&lora), name_suffix: None, chat_template: None };
     let second = out.path().join("second.gguf");
     let outputs = [(Quantization::F16, target.as_path()), (Quantization::Q4KM, second.as_path())];
     let total = 3 * base.tensors().len();
@@ -209,7 +244,7 @@ fn what_changed_on_the_way_to_the_disk_is_found() {
     let out = tempfile::tempdir().expect("a folder");
     let given = |layer, target| delta(&base, layer, target);
     let lora = lora();
-    let merge = Merge { base: &base, lora: Some(&lora), name_suffix: None };
+    let merge = Merge { base: &base, lora: Some(&lora), name_suffix: None, chat_template: None };
     let target = out.path().join("merged.gguf");
     let half = base.tensors().len();
     let mut flipped = false;

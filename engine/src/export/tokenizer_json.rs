@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
+use crate::data::{ChatTemplate, Message, Role};
 use crate::files::shorten;
 use crate::gguf::GgufFile;
 use crate::tokenizer::{Metadata, Tokenizer};
@@ -17,11 +18,16 @@ pub(super) struct TokenizerFiles {
 }
 
 impl TokenizerFiles {
-    /// Reads them off the base.
+    /// Reads them off the base; `template` is the one that was trained with.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] for an algorithm that cannot be told in these files.
-    pub(super) fn new(base: &GgufFile, tokenizer: &Tokenizer, context_length: usize) -> Result<Self> {
+    pub(super) fn new(
+        base: &GgufFile,
+        tokenizer: &Tokenizer,
+        template: Option<&ChatTemplate>,
+        context_length: usize,
+    ) -> Result<Self> {
         let metadata = Metadata::from_gguf(base)?;
         let text = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id));
         let other = |key: &str| -> Result<Option<&str>> { Ok(text(base.u32(key)?)) };
@@ -42,7 +48,7 @@ impl TokenizerFiles {
             ("add_eos_token", false.into()),
         ];
         config.extend(rest.map(|(name, value): (&str, Value)| (name.to_owned(), value)));
-        if let Some(template) = tokenizer.chat_template() {
+        if let Some(template) = chat_template(tokenizer, template) {
             config.insert("chat_template".to_owned(), template.into());
         }
         Ok(Self {
@@ -53,6 +59,21 @@ impl TokenizerFiles {
             config: config.into(),
             special_tokens: special_tokens.into(),
         })
+    }
+}
+
+/// The chat template: the model's own, or the one that took its place in training. transformers puts no BOS before what a template
+/// writes, where llama.cpp and lorad do if the model expects it, so that a template of its own writes it here.
+fn chat_template(tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Option<String> {
+    let own = || tokenizer.chat_template().map(str::to_owned);
+    let Some((template, text)) = template.and_then(|template| Some((template, template.replacement()?))) else {
+        return own();
+    };
+    let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos()).and_then(|id| tokenizer.token_text(id));
+    let written = template.render(&[Message::new(Role::User, "Hello")], &[], true);
+    match (bos, written) {
+        (Some(bos), Ok(written)) if !written.starts_with(bos) => Some(format!("{{{{ bos_token }}}}{text}")),
+        _ => Some(text.to_owned()),
     }
 }
 
@@ -189,6 +210,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::spec::Template;
     use crate::testing::TinyModel;
 
     const TEXTS: [&str; 9] = [
@@ -207,7 +229,7 @@ mod tests {
     fn assert_same(path: &Path) {
         let base = GgufFile::open(path).expect("a good file");
         let ours = Tokenizer::from_gguf(&base).expect("a tokenizer");
-        let files = TokenizerFiles::new(&base, &ours, 512).expect("it can be told");
+        let files = TokenizerFiles::new(&base, &ours, None, 512).expect("it can be told");
         let theirs = tokenizers::Tokenizer::from_bytes(files.tokenizer.to_string()).expect("a tokenizer.json");
         let bos = ours.bos().filter(|_| ours.adds_bos());
         for text in TEXTS {
@@ -240,13 +262,39 @@ mod tests {
         let path = folder.path().join("tiny.gguf");
         TinyModel::default().write(&path).expect("written");
         let base = GgufFile::open(&path).expect("our own file");
-        let files = TokenizerFiles::new(&base, &Tokenizer::from_gguf(&base).expect("ours"), 512).expect("told");
+        let tokenizer = Tokenizer::from_gguf(&base).expect("ours");
+        let files = TokenizerFiles::new(&base, &tokenizer, None, 512).expect("told");
         let specials = json!({
             "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>",
         });
         assert_eq!(files.special_tokens, specials);
         assert_eq!(files.config["eos_token"], "<|im_end|>");
         assert_eq!(files.config["model_max_length"], 512);
-        assert!(files.config["chat_template"].as_str().is_some_and(|text| text.contains("<|im_start|>")));
+        assert_eq!(files.config["chat_template"].as_str(), tokenizer.chat_template());
+        let config = |choice: &str| {
+            let choice = Template::try_from(choice.to_owned()).expect("a template");
+            let template = ChatTemplate::for_model(&choice, &tokenizer).expect("it compiles");
+            TokenizerFiles::new(&base, &tokenizer, Some(&template), 512).expect("told").config["chat_template"].clone()
+        };
+        assert_eq!(config("auto").as_str(), tokenizer.chat_template());
+        assert_eq!(config("{{ messages[0].content }}"), "{{ messages[0].content }}");
+        assert!(config("alpaca").as_str().is_some_and(|text| text.contains("### Response:")));
+    }
+
+    #[test]
+    fn a_template_of_its_own_writes_the_bos_that_the_model_expects() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("tiny.gguf");
+        TinyModel { sentence_piece: true, ..TinyModel::default() }.write(&path).expect("written");
+        let base = GgufFile::open(&path).expect("our own file");
+        let tokenizer = Tokenizer::from_gguf(&base).expect("ours");
+        for (text, expected) in [
+            ("{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}"),
+            ("{{ bos_token + messages[0].content }}", "{{ bos_token + messages[0].content }}"),
+        ] {
+            let template = ChatTemplate::for_model(&Template::Jinja(text.into()), &tokenizer).expect("it compiles");
+            let files = TokenizerFiles::new(&base, &tokenizer, Some(&template), 512).expect("told");
+            assert_eq!(files.config["chat_template"], expected);
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Several exports of one tuned model: each is written aside, read back, compared with what was trained, and only then gets its
 //! name. A stop or an error leaves nothing half.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -12,11 +14,12 @@ use tempfile::TempDir;
 use super::merged::{bound_of_merged, check_merged, read_merged, write_merged};
 use super::ollama::modelfile;
 use super::parity::{ADAPTER_BOUND, Certificate, Reference, bound_of};
-use super::{ModelCard, Progress, Quantization, gguf_lora, merged_lora, read_gguf_lora};
+use super::{Delta, Merge, ModelCard, Progress, Quantization, gguf_lora, merged_gguf, read_gguf_lora};
 use crate::adapter::LoraParams;
 use crate::data::ChatTemplate;
 use crate::gguf::GgufFile;
 use crate::model::Llama;
+use crate::ops::host;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
@@ -82,7 +85,7 @@ pub struct Tuned<'a> {
     pub model: &'a Llama,
     /// Its tokenizer.
     pub tokenizer: &'a Tokenizer,
-    /// The template that it was trained with.
+    /// The template that it was trained with. Where that is not the base's own, merged models carry it.
     pub template: Option<&'a ChatTemplate>,
     /// The LoRA.
     pub lora: &'a LoraParams,
@@ -181,8 +184,23 @@ impl Tuned<'_> {
         }
         let outputs: Vec<(Quantization, &Path)> = made.iter().map(|(_, how, path)| (*how, path.as_path())).collect();
         let on_progress = &mut |progress| made.iter().try_for_each(|&(kind, ..)| on_progress(kind, progress));
-        let reports = merged_lora(self.base, self.lora, Some(self.name_suffix), &outputs, on_progress)?;
-        Ok(reports.is_some())
+        let mut copies = HashMap::new();
+        for (layer, projection) in self.lora.projections() {
+            let Some(pair) = self.lora.pair(layer, projection) else { continue };
+            let copy = |matrix| Ok::<_, Error>(host(matrix)?.to_vec());
+            copies.insert((layer, projection), (copy(&pair.lora_a)?, copy(&pair.lora_b)?));
+        }
+        let delta = |layer, projection| {
+            let (a, b): &(Vec<f32>, Vec<f32>) = copies.get(&(layer, projection))?;
+            Some(Delta { lora_a: Cow::Borrowed(a), lora_b: Cow::Borrowed(b) })
+        };
+        let merge = Merge {
+            base: self.base,
+            lora: Some(self.lora.layout().spec()),
+            name_suffix: Some(self.name_suffix),
+            chat_template: self.template.and_then(ChatTemplate::replacement),
+        };
+        Ok(merged_gguf(&merge, &delta, &outputs, on_progress)?.is_some())
     }
 
     /// Writes one export aside, if that has not been done, and certifies it.
@@ -212,7 +230,7 @@ impl Tuned<'_> {
                 reference.certify(&read, None, bound_of(quantization)).map(Some)
             }
             ExportKind::Merged => {
-                if !write_merged(self.base, self.lora, self.tokenizer, &path, on_progress)? {
+                if !write_merged(self.base, self.lora, self.tokenizer, self.template, &path, on_progress)? {
                     return Ok(None);
                 }
                 let again = item.folder.path().join("read-back.gguf");
@@ -384,6 +402,29 @@ mod tests {
         parts.export(&parts.all(), &mut |_, _| ControlFlow::Continue(())).unwrap().unwrap();
         let after = ["adapter/README.md", "merged/tokenizer.json", "merged/model.safetensors", "lora.gguf"].map(bytes);
         assert!(before == after, "the same model gives the same bytes");
+    }
+
+    #[test]
+    fn merged_models_prompt_as_they_were_trained() {
+        let mut parts = Parts::new();
+        let conversation = [crate::data::Message::new(crate::data::Role::User, "How many owls?")];
+        for choice in [Template::Alpaca, Template::Jinja("{{ messages[-1].content }}\n> ".into())] {
+            parts.template = ChatTemplate::for_model(&choice, &parts.tokenizer).unwrap();
+            parts.export(&parts.all(), &mut |_, _| ControlFlow::Continue(())).unwrap().unwrap();
+            let expected = parts.template.render(&conversation, &[], true).unwrap();
+            let out = parts.folder.path().join("out");
+            for name in ["model-f16.gguf", "model-q8_0.gguf", "ollama-q8_0/model-q8_0.gguf"] {
+                let tokenizer = Tokenizer::from_gguf(&GgufFile::open(&out.join(name)).unwrap()).unwrap();
+                let own = ChatTemplate::for_model(&Template::Auto, &tokenizer).unwrap();
+                assert_eq!(own.render(&conversation, &[], true).unwrap(), expected, "{name}");
+            }
+            let config = std::fs::read_to_string(out.join("merged/tokenizer_config.json")).unwrap();
+            let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+            assert_eq!(config["chat_template"].as_str(), parts.template.replacement());
+            let modelfile = std::fs::read_to_string(out.join("ollama-q8_0/Modelfile")).unwrap();
+            assert_eq!(modelfile.contains("### Response:"), choice == Template::Alpaca, "{modelfile}");
+            std::fs::remove_dir_all(out).unwrap();
+        }
     }
 
     #[test]
