@@ -17,7 +17,7 @@ use lorad_engine::tokenizer::Tokenizer;
 
 use super::{ModelArgs, chat, stop_on_ctrl_c};
 use crate::hub::Reference;
-use crate::types::artifact::ArtifactType;
+use crate::types::artifact::{self, ArtifactType};
 
 /// Exports a base model with an adapter, lorad's or any LoRA that PEFT saved.
 ///
@@ -36,7 +36,7 @@ pub struct ExportArgs {
     /// What to make: adapter, gguf, gguf_lora, merged, ollama (may be given more than once) [default: gguf]
     #[arg(long = "type", value_name = "TYPE")]
     types: Vec<ArtifactType>,
-    /// How the GGUF files of gguf and ollama store their matrices (may be given more than once) [default: q8_0]
+    /// How the GGUF files of gguf and ollama store their matrices (may be given more than once) [default: q4_k_m]
     #[arg(long, value_name = "NAME", value_parser = quantization)]
     quantization: Vec<Quantization>,
     /// Folder for what is made
@@ -84,7 +84,8 @@ impl ExportArgs {
     /// Every export and its place, each once.
     fn wanted(&self) -> anyhow::Result<Vec<Wanted>> {
         let types = if self.types.is_empty() { &[ArtifactType::Gguf][..] } else { &self.types };
-        let quantizations = if self.quantization.is_empty() { &[Quantization::Q8_0][..] } else { &self.quantization };
+        let default = quantization(artifact::Quantization::DEFAULT.as_str()).map_err(anyhow::Error::msg)?;
+        let quantizations = if self.quantization.is_empty() { &[default][..] } else { &self.quantization };
         if let (Some(quantization), false) =
             (self.quantization.first(), types.iter().any(|kind| kind.takes_quantization()))
         {

@@ -53,6 +53,11 @@ text_enum! {
     }
 }
 
+impl Quantization {
+    /// How a GGUF file stores its matrices where nothing is said about it.
+    pub const DEFAULT: Self = Self::Q4KM;
+}
+
 impl ArtifactType {
     /// Whether it has a GGUF file whose matrices are stored in a way that the caller chooses.
     pub fn takes_quantization(self) -> bool {
@@ -107,7 +112,7 @@ pub struct ArtifactRequest {
     /// Its kind.
     #[serde(rename = "type")]
     pub kind: ArtifactType,
-    /// How the GGUF file of `gguf` and `ollama` stores its matrices, default q8_0; absent for the other kinds.
+    /// How the GGUF file of `gguf` and `ollama` stores its matrices, default q4_k_m; absent for the other kinds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub quantization: Option<Quantization>,

@@ -238,7 +238,7 @@ pub struct JobRequest {
     pub priority: Option<i64>,
     /// The training loop.
     pub training: Option<TrainingFields>,
-    /// Files to leave behind; default the adapter and a q8_0 GGUF.
+    /// Files to leave behind; default the adapter and a q4_k_m GGUF.
     pub artifacts: Option<Vec<ArtifactRequest>>,
 }
 

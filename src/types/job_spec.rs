@@ -285,7 +285,7 @@ fn training_options(fields: TrainingFields) -> TrainingOptions {
 
 fn artifacts(requested: Option<Vec<ArtifactRequest>>) -> Result<Vec<ArtifactRequest>, Invalid> {
     let adapter = ArtifactRequest { kind: ArtifactType::Adapter, quantization: None };
-    let gguf = ArtifactRequest { kind: ArtifactType::Gguf, quantization: Some(Quantization::Q8_0) };
+    let gguf = ArtifactRequest { kind: ArtifactType::Gguf, quantization: Some(Quantization::DEFAULT) };
     let Some(requested) = requested else { return Ok(vec![adapter, gguf]) };
     if requested.is_empty() {
         return Err(Invalid::new("artifacts", "artifacts must name at least one artifact, got `[]`"));
@@ -343,7 +343,8 @@ mod tests {
         let spec = parse(&request(json!({}))).expect("a good request");
         assert_eq!(spec.train, TrainSpec::default());
         assert_eq!(spec.hyperparameters.n_epochs, Some(AutoOr::AUTO));
-        assert_eq!(spec.artifacts.len(), 2);
+        let artifacts = serde_json::to_value(&spec.artifacts).expect("JSON");
+        assert_eq!(artifacts, json!([{"type": "adapter"}, {"type": "gguf", "quantization": "q4_k_m"}]));
         let stored = serde_json::to_string(&spec).expect("a spec is JSON");
         assert_eq!(serde_json::from_str::<JobSpec>(&stored).expect("and reads back"), spec);
     }
@@ -399,7 +400,7 @@ mod tests {
             (json!({"artifacts": [{"type": "adapter"}, {"type": "adapter"}]}), "artifacts[1]"),
             (json!({"artifacts": [{"type": "adapter", "quantization": "f16"}]}), "artifacts[0].quantization"),
             (json!({"artifacts": [{"type": "merged", "quantization": "f16"}]}), "artifacts[0].quantization"),
-            (json!({"artifacts": [{"type": "ollama"}, {"type": "ollama", "quantization": "q8_0"}]}), "artifacts[1]"),
+            (json!({"artifacts": [{"type": "ollama"}, {"type": "ollama", "quantization": "q4_k_m"}]}), "artifacts[1]"),
             (json!({"artifacts": [{"type": "onnx"}]}), "artifacts[0].type"),
             (json!({"artifacts": [{"type": "gguf", "quantization": "q9_k_m"}]}), "artifacts[0].quantization"),
             (json!({"training_file": "nope"}), "training_file"),

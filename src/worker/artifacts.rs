@@ -115,7 +115,7 @@ fn wanted(request: &ArtifactRequest, scratch: &Path) -> Wanted {
 }
 
 fn kind(request: &ArtifactRequest) -> ExportKind {
-    let quantization = quantization(request.quantization.unwrap_or(Quantization::Q8_0));
+    let quantization = quantization(request.quantization.unwrap_or(Quantization::DEFAULT));
     match request.kind {
         ArtifactType::Adapter => ExportKind::Adapter,
         ArtifactType::Gguf => ExportKind::Gguf(quantization),

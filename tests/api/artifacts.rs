@@ -27,11 +27,11 @@ async fn artifacts_are_listed_and_retrieved() {
     let (app, job) = with_artifacts().await;
     let list = app.get_json(&format!("/v1/fine_tuning/jobs/{}/artifacts", text(&job["id"]))).await;
     assert_eq!(column(&list, "type"), ["adapter", "gguf"]);
-    assert_eq!(column(&list, "filename"), ["adapter.tar", "model-q8_0.gguf"]);
+    assert_eq!(column(&list, "filename"), ["adapter.tar", "model-q4_k_m.gguf"]);
     let adapter = &list["data"][0];
     assert_eq!((&adapter["parity"], &list["data"][1]["parity"]), (&parity(), &json!(null)));
     assert_eq!((&adapter["bytes"], &adapter["quantization"]), (&json!(10), &json!(null)));
-    assert_eq!(list["data"][1]["quantization"], "q8_0");
+    assert_eq!(list["data"][1]["quantization"], "q4_k_m");
     assert_eq!(app.get_json(&format!("/v1/artifacts/{}", text(&adapter["id"]))).await, *adapter);
     for path in ["/v1/artifacts/nope", "/v1/artifacts/nope/content", "/v1/fine_tuning/jobs/nope/artifacts"] {
         error(app.get(path).await, StatusCode::NOT_FOUND).await;

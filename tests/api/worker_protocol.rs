@@ -29,7 +29,7 @@ async fn a_worker_gets_its_task_and_its_bytes() {
     worker.finish(json!({"result": "succeeded"})).await;
 
     let worker = app.take_up(TaskKind::Train).await;
-    let artifacts = json!([{"type": "adapter"}, {"type": "gguf", "quantization": "q8_0"}]);
+    let artifacts = json!([{"type": "adapter"}, {"type": "gguf", "quantization": "q4_k_m"}]);
     assert_eq!(worker.get("task").await["artifacts"], artifacts);
 }
 
@@ -92,7 +92,7 @@ async fn an_evaluation_is_shown_in_events_checkpoints_and_the_result_file() {
     assert_eq!(event["message"], "Step 2/2: training loss=1.00, validation loss=1.25, full validation loss=1.25");
     assert_eq!((&event["data"]["total_steps"], &event["data"]["full_valid_loss"]), (&json!(2), &json!(1.25)));
     worker.put_artifact("type=adapter&filename=adapter.tar", b"0123456789").await;
-    worker.put_artifact("type=gguf&quantization=q8_0&filename=model-q8_0.gguf", b"GGUF").await;
+    worker.put_artifact("type=gguf&quantization=q4_k_m&filename=model-q4_k_m.gguf", b"GGUF").await;
     worker.finish(json!({"result": "succeeded"})).await;
     let result = text(&app.get_json(&path).await["result_files"][0]);
     let csv = app.get(&format!("/v1/files/{result}/content")).await.text().await.expect("text");

@@ -83,8 +83,8 @@ fn lm_studios_folders_and_wrong_arguments() {
     let usual = ["--adapter", "first", "--output", "models"];
     let with = |more: &[&'static str]| [&usual[..], more].concat();
     let made = export(&home, &with(&["--lmstudio", "me/tiny-first"]));
-    assert_eq!(made[0]["path"], "models/me/tiny-first/tiny-first-q8_0.gguf");
-    assert_eq!(names(&home, "models/me/tiny-first"), ["tiny-first-q8_0.gguf"]);
+    assert_eq!(made[0]["path"], "models/me/tiny-first/tiny-first-q4_k_m.gguf");
+    assert_eq!(names(&home, "models/me/tiny-first"), ["tiny-first-q4_k_m.gguf"]);
 
     for (more, says) in [
         (&["--lmstudio", "me"][..], "must be PUBLISHER/MODEL"),

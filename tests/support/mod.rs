@@ -143,7 +143,7 @@ impl TestApp {
         worker.put_checkpoint(steps, true, b"checkpoint").await;
         let adapter = format!("type=adapter&filename=adapter.tar&parity={}", in_url(&parity().to_string()));
         worker.put_artifact(&adapter, b"0123456789").await;
-        worker.put_artifact("type=gguf&quantization=q8_0&filename=model-q8_0.gguf", b"GGUF").await;
+        worker.put_artifact("type=gguf&quantization=q4_k_m&filename=model-q4_k_m.gguf", b"GGUF").await;
         worker.finish(json!({"result": "succeeded", "trained_tokens": 1234})).await;
     }
 }
