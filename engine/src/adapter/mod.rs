@@ -439,7 +439,16 @@ mod tests {
             ("peft_type", "IA3".into()),
         ] {
             let error = read(field, value).unwrap_err();
-            assert!(error.contains(field) || error.contains("invalid type: string"), "{field}: {error}");
+            assert!(error.contains(field), "{field}: {error}");
+        }
+        for (field, value, says) in [
+            ("r", serde_json::json!("eight"), "r: invalid type: string \"eight\", expected u32"),
+            ("target_modules", serde_json::json!(["q_proj", 7]), "target_modules[1]: invalid type: integer `7`"),
+            ("use_dora", 1.into(), "use_dora: invalid type: integer `1`, expected a boolean"),
+            ("modules_to_save", "lm_head".into(), "modules_to_save: invalid type: string \"lm_head\""),
+        ] {
+            let error = read(field, value).unwrap_err();
+            assert!(error.contains(says), "{field}: {error}");
         }
 
         // The same values in 16 bits, under the names that PEFT's own state dict has.

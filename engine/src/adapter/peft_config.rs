@@ -19,7 +19,8 @@ pub(super) const CONFIG_FILE: &str = "adapter_config.json";
 pub fn peft_spec(folder: &Path) -> Result<LoraSpec> {
     let path = folder.join(CONFIG_FILE);
     let json = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let config: PeftConfig = serde_json::from_str(&json).map_err(|error| damaged(&path, &error))?;
+    let config: PeftConfig = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(&json))
+        .map_err(|error| damaged(&path, &error))?;
     config.spec()
 }
 
