@@ -114,25 +114,52 @@ fn byte_level(metadata: &Metadata, tokenizer: &Tokenizer) -> Result<Value> {
     Ok(whole(tokenizer, Value::Null, steps, decoder, model))
 }
 
-/// SentencePiece as BPE over characters with a byte for what is no token: a merge for each way to make a token of two others, in
-/// the order of the tokens' scores.
-fn sentence_piece(base: &GgufFile, metadata: &Metadata, tokenizer: &Tokenizer) -> Result<Value> {
-    let scores = base.f32s("tokenizer.ggml.scores")?.unwrap_or_default();
-    let prefix = base.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+/// Bytes of a token that is put together from others, at most; the longest in use have some 100. Every way to cut a token in two
+/// is looked up, so that time grows with the square of its length.
+const MAX_TOKEN_BYTES: usize = 512;
+/// Merges that are written at most; Gemma's vocabulary, the largest in use, has some 600,000.
+const MAX_MERGES: usize = 1 << 22;
+
+/// A merge for each way to make a token of two others, in the order of the tokens' scores.
+///
+/// # Errors
+/// [`Error::Tokenizer`] for a token or a list of merges longer than any vocabulary needs.
+fn sentence_piece_merges(metadata: &Metadata) -> Result<Vec<Value>> {
     let ids: HashMap<&str, usize> = metadata.tokens.iter().map(String::as_str).zip(0..).collect();
     let is_normal = |id: usize| metadata.token_types.get(id).is_none_or(|&kind| kind == NORMAL);
-    let mut made: Vec<usize> = (0..metadata.tokens.len()).filter(|&id| is_normal(id)).collect();
-    let score = |id: usize| scores.get(id).copied().unwrap_or(0.0);
-    made.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
-    let halves = |&id: &usize| {
-        let text = metadata.tokens[id].as_str();
-        text.char_indices().skip(1).map(move |(at, _)| text.split_at(at))
-    };
-    let known = |(left, right): &(&str, &str)| {
-        [left, right].iter().all(|half| ids.get(**half).is_some_and(|&id| is_normal(id)))
-    };
-    let merges: Vec<Value> =
-        made.iter().flat_map(halves).filter(known).map(|(left, right)| json!([left, right])).collect();
+    // Of two tokens with one text, the later is the one that text becomes.
+    let mut made: Vec<(usize, &str)> =
+        ids.iter().map(|(&text, &id)| (id, text)).filter(|&(id, _)| is_normal(id)).collect();
+    let score = |id: usize| metadata.scores.get(id).copied().unwrap_or(0.0);
+    made.sort_by(|&(a, _), &(b, _)| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
+    let is_token = |text: &str| ids.get(text).is_some_and(|&id| is_normal(id));
+    let mut merges = Vec::new();
+    for (id, text) in made {
+        if text.len() > MAX_TOKEN_BYTES {
+            let length = text.len();
+            let message = format!(
+                "tokenizer.ggml.tokens: token {id} has {length} bytes, a tokenizer.json takes at most {MAX_TOKEN_BYTES}"
+            );
+            return Err(Error::Tokenizer(message));
+        }
+        let halves = text.char_indices().skip(1).map(|(at, _)| text.split_at(at));
+        merges.extend(
+            halves.filter(|(left, right)| is_token(left) && is_token(right)).map(|(left, right)| json!([left, right])),
+        );
+        if merges.len() > MAX_MERGES {
+            let message = format!(
+                "tokenizer.ggml.tokens: more than {MAX_MERGES} merges would make them, too many for a tokenizer.json"
+            );
+            return Err(Error::Tokenizer(message));
+        }
+    }
+    Ok(merges)
+}
+
+/// SentencePiece as BPE over characters with a byte for what is no token.
+fn sentence_piece(base: &GgufFile, metadata: &Metadata, tokenizer: &Tokenizer) -> Result<Value> {
+    let prefix = metadata.add_space_prefix.unwrap_or(true);
+    let merges = sentence_piece_merges(metadata)?;
     let unknown = base.u32("tokenizer.ggml.unknown_token_id")?.and_then(|id| tokenizer.token_text(id));
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null, "end_of_word_suffix": null,
@@ -254,6 +281,28 @@ mod tests {
             Some(path) => assert_same(Path::new(&path)),
             None => eprintln!("SKIPPED: LORAD_SMOLLM2 names no file"),
         }
+    }
+
+    #[test]
+    fn a_vocabulary_cannot_make_more_merges_than_any_needs() {
+        let metadata = |tokens: Vec<String>| Metadata { tokens, ..Metadata::default() };
+        let repeated = |count: usize| (1..=count).map(|length| "a".repeat(length)).collect();
+        let began = std::time::Instant::now();
+        let merges = sentence_piece_merges(&metadata(repeated(MAX_TOKEN_BYTES))).expect("short enough");
+        assert_eq!(merges.len(), MAX_TOKEN_BYTES * (MAX_TOKEN_BYTES - 1) / 2);
+        let twice = [vec!["a".to_owned(); 3], vec!["aa".to_owned(); 100_000]].concat();
+        assert_eq!(sentence_piece_merges(&metadata(twice)).expect("one merge"), [json!(["a", "a"])]);
+        let refused = |tokens| sentence_piece_merges(&metadata(tokens)).expect_err("refused").to_string();
+        let long = refused(vec!["b".into(), "\u{2581}".repeat(1 << 20)]);
+        assert!(long.contains("token 1 has 3145728 bytes, a tokenizer.json takes at most 512"), "{long}");
+        // Every text of up to 18 letters a and b: each way to cut one gives two tokens.
+        let binary = |length: u32| {
+            (0..1u32 << length)
+                .map(move |bits| (0..length).map(|at| if bits >> at & 1 == 0 { 'a' } else { 'b' }).collect())
+        };
+        let many = refused((1..=18).flat_map(binary).collect());
+        assert!(many.contains("more than 4194304 merges"), "{many}");
+        assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
     }
 
     #[test]
