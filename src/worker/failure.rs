@@ -117,6 +117,7 @@ fn of_report(report: &Report, untrained_tokens: &[String]) -> Vec<Finding> {
         (report.truncated_rows, "row(s) are longer than max_seq_length and were cut"),
         (report.dropped_rows, "row(s) were left out: nothing to train on was left of them after the cut"),
         (report.duplicates.rows, "row(s) repeat an earlier one"),
+        (report.lost_characters, "character(s) of the rows are lost: the model's tokenizer has no token for them"),
     ] {
         if count > 0 {
             findings.push((Level::Warn, format!("{count} {what}"), None));

@@ -45,6 +45,8 @@ pub(super) struct JudgedRow {
     pub(super) line: u64,
     pub(super) row: u64,
     pub(super) ignored: Vec<String>,
+    /// Characters of its texts that no token stands for.
+    pub(super) lost_characters: usize,
     pub(super) tokens: Result<Row, EncodeError>,
     /// The same for rows that are the same to the model.
     pub(super) hash: u64,
@@ -100,12 +102,14 @@ impl<'a> Judge<'a> {
         });
         match example {
             Err(problem) => {
-                JudgedRow { line, row, ignored: Vec::new(), tokens: Err(EncodeError::Row(problem)), hash: 0 }
+                let tokens = Err(EncodeError::Row(problem));
+                JudgedRow { line, row, ignored: Vec::new(), lost_characters: 0, tokens, hash: 0 }
             }
             Ok(example) => {
                 let tokens = self.encoder().encode(&example.content);
                 let hash = tokens.as_ref().map_or(0, tally::hash);
-                JudgedRow { line, row, ignored: example.ignored, tokens, hash }
+                let lost = example.content.texts().into_iter().map(|text| self.tokenizer.lost_characters(text));
+                JudgedRow { line, row, ignored: example.ignored, lost_characters: lost.sum(), tokens, hash }
             }
         }
     }

@@ -82,8 +82,6 @@ pub enum BadRowCode {
     MixedFormat,
     /// A message's role is none that the format knows.
     UnknownRole,
-    /// A text holds a longer run of white space than any text needs.
-    TooMuchWhiteSpace,
     /// No assistant message is to be trained on.
     NoAssistantMessage,
     /// The conversation begins with the assistant, so that there is nothing to answer.
@@ -174,6 +172,8 @@ pub struct Report {
     pub duplicates: Repeats,
     /// Rows whose tokens are those of a row of the training file; only in the report on a validation file.
     pub overlap: Option<Repeats>,
+    /// Characters of the usable rows' texts that the tokenizer has no token for: the model does not see them.
+    pub lost_characters: u64,
     /// Ids of the control tokens in the first 256 rows.
     pub control_tokens: Vec<u32>,
     /// Columns that the caller named and no row has: the format's name of the field, and the column's.
@@ -213,6 +213,12 @@ impl Report {
                 rows = self.dropped_rows,
                 max_seq_length_cut = self.truncated_rows,
                 "rows left out, their answer lies beyond max_seq_length"
+            );
+        }
+        if self.lost_characters > 0 {
+            tracing::warn!(
+                characters = self.lost_characters,
+                "characters of the rows are lost, the tokenizer has no tokens for their bytes"
             );
         }
         Ok(self)

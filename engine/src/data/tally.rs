@@ -71,7 +71,7 @@ impl<'a> Tally<'a> {
     /// # Errors
     /// The template's or tokenizer's fault.
     pub(super) fn add(&mut self, judged: JudgedRow, format: Option<Format>) -> Result<Option<Row>> {
-        let JudgedRow { line, row, ignored, tokens, hash } = judged;
+        let JudgedRow { line, row, ignored, lost_characters, tokens, hash } = judged;
         let report = &mut self.report;
         report.format = format;
         report.rows += 1;
@@ -89,6 +89,7 @@ impl<'a> Tally<'a> {
             }
             Err(EncodeError::Fatal(error)) => return Err(error),
         };
+        report.lost_characters += lost_characters as u64;
         if report.rows <= SEARCHED_ROWS {
             let control = tokens.tokens.iter().filter(|&&id| self.tokenizer.is_control(id));
             self.control_tokens.extend(control);

@@ -28,12 +28,6 @@ impl Bpe {
         }
         let of_byte = |byte| vocabulary.get(byte_to_char(byte).to_string().as_str()).copied().unwrap_or(NO_TOKEN);
         let bytes: Vec<u32> = (0..=u8::MAX).map(of_byte).collect();
-        // Bytes without a token are dropped from a text, by llama.cpp and here: worth a word, once.
-        let in_utf8 = (0..=0xF4usize).filter(|byte| !matches!(byte, 0xC0 | 0xC1));
-        let missing = in_utf8.filter(|&byte| bytes[byte] == NO_TOKEN).count();
-        if missing > 0 {
-            tracing::debug!(missing, "the vocabulary lacks tokens for some bytes, characters with such bytes are lost");
-        }
         let alphabet = Alphabet::new();
         let word = |(text, &token): (&&str, &u32)| Some((alphabet.decode(text)?, token));
         let words = if pre.ignore_merges { vocabulary.iter().filter_map(word).collect() } else { HashMap::default() };
@@ -49,6 +43,13 @@ impl Bpe {
     pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) {
         let mut pieces = Pieces::default();
         cut::cut(text, self.pre.cuts, &mut |word| self.encode_word(word.as_bytes(), &mut pieces, ids));
+    }
+
+    /// Characters of a text that have a byte without a token: llama.cpp drops such bytes, and so does [`Bpe::encode`].
+    pub(super) fn lost_characters(&self, text: &str) -> usize {
+        let is_lost =
+            |c: &char| c.encode_utf8(&mut [0; 4]).bytes().any(|byte| self.bytes[usize::from(byte)] == NO_TOKEN);
+        text.chars().filter(is_lost).count()
     }
 
     fn encode_word(&self, word: &[u8], pieces: &mut Pieces, ids: &mut Vec<u32>) {

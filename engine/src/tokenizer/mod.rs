@@ -223,6 +223,15 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Characters of a text that no token stands for, so that a model never sees them. Vocabularies that lack a byte are common
+    /// (SmolLM2's has none for U+0004), but the bytes are rare.
+    pub fn lost_characters(&self, text: &str) -> usize {
+        match &self.algorithm {
+            Algorithm::ByteLevel(bpe) => bpe.lost_characters(text),
+            Algorithm::SentencePiece(_) => 0,
+        }
+    }
+
     /// Whether a text after that token is treated as one that begins.
     fn begins_text(&self, last: Option<u32>) -> bool {
         let kind = last.and_then(|id| self.kinds.get(id as usize));

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::super::report::{BadRowCode, Problem};
 use super::super::{Message, Role};
-use super::fields::{Fields, checked, empty, invalid, missing, type_name, weight, wrong_type};
+use super::fields::{Fields, empty, invalid, missing, type_name, weight, wrong_type};
 use super::tools::{self, parse_call};
 use super::{Content, Example, check_conversation};
 use crate::files::shorten;
@@ -102,7 +102,7 @@ fn tool_calls(object: &Map<String, Value>, role: Role, pointer: &str) -> Result<
 fn parse_content(content: Option<&Value>, pointer: &str) -> Result<String, Problem> {
     let parts = match content {
         None => return Err(missing(pointer)),
-        Some(Value::String(text)) => return checked(text, pointer),
+        Some(Value::String(text)) => return Ok(text.clone()),
         Some(Value::Array(parts)) => parts,
         Some(other) => return Err(wrong_type(pointer, "a string", other)),
     };
@@ -123,5 +123,5 @@ fn parse_content(content: Option<&Value>, pointer: &str) -> Result<String, Probl
             Some(other) => return Err(wrong_type(&pointer, "a string", other)),
         }
     }
-    checked(&texts.join("\n"), pointer)
+    Ok(texts.join("\n"))
 }

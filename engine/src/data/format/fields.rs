@@ -6,9 +6,6 @@ use super::super::report::{BadRowCode, Problem};
 use crate::files::shorten;
 use crate::spec::Columns;
 
-/// White-space characters one after the other in a text: no text needs more, and most pre-tokenizers make one word of such a run.
-const MAX_WHITE_SPACE: usize = 100_000;
-
 /// A row seen through the column mapping.
 pub(super) struct Fields<'a> {
     pub(super) row: &'a Map<String, Value>,
@@ -49,7 +46,7 @@ impl<'a> Fields<'a> {
         let pointer = self.pointer(field);
         match self.get(field) {
             None => Err(missing(&pointer)),
-            Some(Value::String(text)) => checked(text, &pointer),
+            Some(Value::String(text)) => Ok(text.clone()),
             Some(other) => Err(wrong_type(&pointer, "a string", other)),
         }
     }
@@ -84,21 +81,6 @@ impl<'a> Fields<'a> {
         let is_known = |key: &str| known.iter().any(|&field| self.name(field) == key);
         self.row.keys().filter(|key| !is_known(key)).map(|key| shorten(key)).collect()
     }
-}
-
-/// A text that a tokenizer can be given.
-pub(super) fn checked(text: &str, pointer: &str) -> Result<String, Problem> {
-    if text.len() > MAX_WHITE_SPACE {
-        let mut run = 0;
-        for character in text.chars() {
-            run = if character.is_whitespace() { run + 1 } else { 0 };
-            if run > MAX_WHITE_SPACE {
-                let message = format!("{pointer} has more than {MAX_WHITE_SPACE} white-space characters in a row");
-                return Err(Problem::new(pointer, BadRowCode::TooMuchWhiteSpace, message).hint("shorten the run"));
-            }
-        }
-    }
-    Ok(text.to_owned())
 }
 
 pub(super) fn missing(pointer: &str) -> Problem {

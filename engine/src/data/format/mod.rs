@@ -52,6 +52,20 @@ pub(super) enum Content {
     Text(String),
 }
 
+impl Content {
+    /// The texts of the row itself, without what a template writes around them.
+    pub(super) fn texts(&self) -> Vec<&str> {
+        match self {
+            Self::Conversation { messages, .. } => {
+                let contents = messages.iter().map(|message| message.content.as_str());
+                contents.chain(messages.iter().filter_map(|message| message.input.as_deref())).collect()
+            }
+            Self::Completion { prompt, completion } => vec![prompt, completion],
+            Self::Text(text) => vec![text],
+        }
+    }
+}
+
 /// Parses a row's text.
 pub(super) fn parse_json(text: &[u8]) -> Result<Map<String, Value>, (u64, Problem)> {
     if let Err(error) = std::str::from_utf8(text) {

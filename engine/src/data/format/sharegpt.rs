@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::super::report::{BadRowCode, Problem};
 use super::super::{Message, Role};
-use super::fields::{Fields, checked, empty, invalid, missing, weight, wrong_type};
+use super::fields::{Fields, empty, invalid, missing, weight, wrong_type};
 use super::tools::{self, parse_calls_in_string};
 use super::{Content, Example, check_conversation};
 use crate::files::shorten;
@@ -50,7 +50,7 @@ fn parse_turn(object: &Map<String, Value>, pointer: &str) -> Result<Message, Pro
     let value_pointer = format!("{pointer}/value");
     let value = match object.get("value") {
         None => return Err(missing(&value_pointer)),
-        Some(Value::String(value)) => checked(value, &value_pointer)?,
+        Some(Value::String(value)) => value.clone(),
         Some(other) => return Err(wrong_type(&value_pointer, "a string", other)),
     };
     let role = match from.as_str() {

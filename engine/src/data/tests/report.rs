@@ -96,3 +96,23 @@ fn a_template_of_the_callers_is_blamed_by_its_field() {
         other => panic!("{other:?}"),
     }
 }
+
+#[test]
+fn characters_without_a_token_are_counted() {
+    let mut metadata = metadata(Some(CHATML), false);
+    // The characters that stand for the bytes of U+0004 and of a half of the é in byte-level vocabularies.
+    for byte in ["\u{104}", "\u{a9}"] {
+        let token = metadata.tokens.iter_mut().find(|token| *token == byte).expect("a token of that byte");
+        *token = format!("<gone {byte}>");
+    }
+    metadata.merges.retain(|merge| !merge.contains('\u{104}') && !merge.contains('\u{a9}'));
+    let tokenizer = Tokenizer::new(metadata).expect("a tokenizer");
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    let content =
+        row("caf\u{e9}\u{4}", "one") + &row("q", "\u{e9}\u{e9}") + "{\"instruction\": 1, \"output\": \"\u{e9}\"}\n";
+    file.write_all(content.as_bytes()).expect("written");
+    let (report, _) = survey(file.path(), &TrainSpec::default(), &tokenizer, 512, None, &mut || ()).expect("reads");
+    assert_eq!((report.lost_characters, report.bad_row_count), (4, 1));
+    let (whole, _) = survey_text(&content, &TrainSpec::default(), None).expect("reads");
+    assert_eq!(whole.lost_characters, 0);
+}
