@@ -78,10 +78,12 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         result.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        // Behind the tag's own two characters: `{%}` is no whole tag.
+        let Some(length) = tag[2..].find("%}") else {
             rest = tag;
             break;
         };
+        let end = 2 + length;
         let inner = &tag[2..end];
         let word = inner.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
         match word {
@@ -409,5 +411,18 @@ impl Formatter for Style<'_> {
     fn end_object_value<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
         self.has_value = true;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tag_that_ends_within_its_own_beginning_is_an_error_and_not_a_panic() {
+        for source in ["{%}", "{{{%}8>C", "{%}}}} macro f(='') -%}", "{%"] {
+            check(source).unwrap_err();
+        }
+        check("{% generation %}a{% endgeneration %}").unwrap();
     }
 }
