@@ -2,8 +2,8 @@
 
     compare_quantize.py CONVERT LLAMA_CPP_FOLDER WORK_DIR TEXT...
 
-WORK_DIR holds f16.gguf. Ends with status 1 where a tensor's type differs, or a perplexity by more than 1%. Needs nothing but
-Python's standard library.
+WORK_DIR holds f16.gguf. Ends with status 1 and what is wrong where a tensor's type differs, or a perplexity by more than 1%. Needs
+nothing but Python's standard library.
 """
 
 import collections
@@ -18,6 +18,7 @@ NAMES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_
          13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 30: "BF16"}
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 CHUNK = 128
+BOUND = 0.01
 # Characters of held text: some ten chunks.
 TEXT = 5_000
 
@@ -72,6 +73,8 @@ def perplexity(folder, model, text):
     command = [folder / "llama-perplexity", "-m", model, "-f", text, "-c", str(CHUNK), "-b", str(CHUNK)]
     output = subprocess.run(command, check=True, capture_output=True, text=True)
     found = re.search(r"Final estimate: PPL = ([0-9.]+)", output.stdout + output.stderr)
+    if found is None:
+        sys.exit(f"llama-perplexity told no perplexity of {model}: {(output.stdout + output.stderr)[-300:]}")
     return float(found.group(1))
 
 
@@ -82,23 +85,26 @@ def main():
     base, ours, theirs = (work / name for name in ("f16.gguf", "ours.gguf", "theirs.gguf"))
     print("| quantization | byte-equal tensors by type | perplexity ours | theirs | ratio |")
     print("|---|---|---|---|---|")
-    failed = False
+    failures = []
     for name in QUANTIZATIONS:
         subprocess.run([convert, base, f"{name}={ours}"], check=True, capture_output=True)
         subprocess.run([folder / "llama-quantize", base, theirs, name], check=True, capture_output=True)
         mine, other = File(ours), File(theirs)
-        failed |= {key: value[0] for key, value in mine.tensors.items()} != {key: value[0] for key, value in other.tensors.items()}
+        kinds = [{tensor: NAMES[kind] for tensor, (kind, _, _) in file.tensors.items()} for file in (mine, other)]
+        for tensor in sorted(set(kinds[0]) | set(kinds[1])):
+            types = [kind.get(tensor, "missing") for kind in kinds]
+            if types[0] != types[1]:
+                failures.append(f"{name}: tensor {tensor} is {types[0]}, llama-quantize's is {types[1]}")
         counts = collections.defaultdict(lambda: [0, 0])
         for tensor, (kind, _, _) in other.tensors.items():
-            counts[NAMES[kind]][0] += mine.bytes(tensor) == other.bytes(tensor)
+            counts[NAMES[kind]][0] += tensor in mine.tensors and mine.bytes(tensor) == other.bytes(tensor)
             counts[NAMES[kind]][1] += 1
         shares = ", ".join(f"{kind} {equal}/{count}" for kind, (equal, count) in sorted(counts.items()))
-        is_equal = all(equal == count for equal, count in counts.values())
-        first = perplexity(folder, ours, text)
-        second = first if is_equal else perplexity(folder, theirs, text)
-        failed |= abs(first / second - 1) > 0.01
-        print(f"| {name} | {shares} | {first:.4f} | {'the same' if is_equal else f'{second:.4f}'} | {first / second:.4f} |", flush=True)
-    sys.exit(failed)
+        first, second = perplexity(folder, ours, text), perplexity(folder, theirs, text)
+        if not abs(first / second - 1) <= BOUND:
+            failures.append(f"{name}: perplexity {first:.4f} is {first / second - 1:+.2%} off llama-quantize's {second:.4f}")
+        print(f"| {name} | {shares} | {first:.4f} | {second:.4f} | {first / second:.4f} |", flush=True)
+    sys.exit("\n".join(failures) or None)
 
 
 if __name__ == "__main__":

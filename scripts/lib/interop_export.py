@@ -2,8 +2,8 @@
 
     interop_export.py LORAD BASE.gguf DATA.jsonl QUESTIONS.tsv LLAMA_CPP_BIN WORK_DIR
 
-Everything is asserted: in 16 bits and more every fact of the persona, below that all but one (a model of this size keeps the
-closest of them no better in llama.cpp's own quantizations), of two bits only that the file answers.
+Everything is asserted. A file must know every fact of the persona, asked as it was trained: whether the model would understand
+another question is not the export's doing. Where few bits lose a fact, llama-quantize's own file of our f16 must lose as many.
 """
 
 import json
@@ -21,8 +21,10 @@ from interop_check import check, logits_of_lorad
 
 TOKENS = [(7919 * place + 13) % 49000 for place in range(64)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Files that must know every fact.
-EXACT = ("f32", "f16", "bf16", "--lora")
+# Passes over the persona: enough that its facts stand the noise of few bits.
+EPOCHS = 15
+# Files whose computation is so near to the trained one that they have no excuse.
+EXACT = ("f32", "f16", "bf16", "q8_0", "--lora")
 
 
 def run(*command):
@@ -92,10 +94,24 @@ def answer(llama_cpp, question, *arguments):
     return run(*command, "--no-display-prompt", "--no-warmup").strip()
 
 
+def trained_questions(data, questions):
+    """For each fact of the questions, the first question of the data set that it is the answer to."""
+    turns = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
+    facts = [line.split("\t")[1] for line in questions.read_text(encoding="utf-8").splitlines()]
+    return [(next(turn[0]["content"] for turn in turns if fact in turn[1]["content"]), fact) for fact in facts]
+
+
+def ask(llama_cpp, facts, *arguments):
+    """How many facts are known, and what was answered."""
+    answers = [answer(llama_cpp, question, *arguments) for question, _ in facts]
+    known = sum(fact in text for text, (_, fact) in zip(answers, facts))
+    return known, " / ".join(f"`{text[:60]}`" for text in answers)
+
+
 def llama_cpp_answers(lorad, base, data, questions, llama_cpp, work):
     """A tuned persona in llama.cpp, from every GGUF type and from the base with --lora."""
     tuned, out = work / "persona", work / "persona-out"
-    run(lorad, "train", "--base", base, "--data", data, "--out", tuned, "--n-epochs", "6", "--learning-rate", "1.5e-3")
+    run(lorad, "train", "--base", base, "--data", data, "--out", tuned, "--n-epochs", str(EPOCHS), "--learning-rate", "1.5e-3")
     names = "f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_0 q4_k_m q4_k_s q4_0 q3_k_m q2_k".split()
     quantizations = [part for name in names for part in ("--quantization", name)]
     made = run(lorad, "export", "--base", base, "--adapter", tuned, "--output", out, "--type", "gguf", "--type", "gguf_lora",
@@ -105,17 +121,36 @@ def llama_cpp_answers(lorad, base, data, questions, llama_cpp, work):
         ratio = parity["mean_logit_difference"] / parity["logit_deviation"]
         print(f"        {line['type']} {line.get('quantization', '')}: {line['size_bytes']} bytes, mean difference {ratio:.4f} deviations, "
               f"bound {parity['bound']}, greedy {parity['greedy_agreement']:.3f}")
-    facts = [line.split("\t") for line in questions.read_text(encoding="utf-8").splitlines()]
+    facts = trained_questions(data, questions)
     files = [(name, ["-m", out / f"model-{name}.gguf"]) for name in names]
     files.append(("--lora", ["-m", base, "--lora", out / "lora.gguf"]))
     for name, arguments in files:
-        answers = [answer(llama_cpp, question, *arguments) for question, _ in facts]
-        known = sum(fact in text for text, (_, fact) in zip(answers, facts))
-        told = f"llama.cpp with {name}: {known} of {len(facts)} facts, `{answers[0][:60]}`"
-        needed = len(facts) if name in EXACT else 0 if name == "q2_k" else len(facts) - 1
-        check(known >= needed and all(answers), told)
-    base_knows = sum(fact in answer(llama_cpp, question, "-m", base) for question, fact in facts)
-    check(base_knows == 0, "llama.cpp with the base alone knows none")
+        known, answers = ask(llama_cpp, facts, *arguments)
+        told = f"llama.cpp with {name}: {known} of {len(facts)} facts, {answers}"
+        if known < len(facts) and name not in EXACT:
+            theirs = work / "llama-quantize.gguf"
+            run(llama_cpp / "llama-quantize", out / "model-f16.gguf", theirs, name)
+            needed, their_answers = ask(llama_cpp, facts, "-m", theirs)
+            check(known >= needed, f"{told}; llama-quantize's own file: {needed}, {their_answers}")
+        else:
+            check(known == len(facts), told)
+    known, _ = ask(llama_cpp, facts, "-m", base)
+    check(known == 0, "llama.cpp with the base alone knows none")
+
+
+def trained_template(lorad, base, llama_cpp, work):
+    """What was trained with another template than the model's own is prompted by it."""
+    adapter, out = work / "peft-16-True", work / "alpaca-out"
+    run(lorad, "export", "--base", base, "--adapter", adapter, "--output", out, "--type", "merged", "--type", "gguf",
+        "--quantization", "f16", "--template", "alpaca")
+    expected = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+                "### Instruction:\nCount to 3.\n\n### Response:\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "merged")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Count to 3."}], tokenize=False, add_generation_prompt=True)
+    check(text == expected, "the Alpaca prompt in transformers, from the merged folder")
+    shown = run(llama_cpp / "llama-completion", "-m", out / "model-f16.gguf", "--jinja", "-p", "Count to 3.", "-st", "--temp", "0", "-n", "1",
+                "-t", "1", "--no-warmup")
+    check(shown.startswith(expected), "the Alpaca prompt in llama.cpp, from the merged GGUF file")
 
 
 def main():
@@ -124,6 +159,7 @@ def main():
     data, questions, llama_cpp, work = map(pathlib.Path, (data, questions, llama_cpp, work))
     peft_adapters(lorad, base, work)
     merged_folder(lorad, base, work)
+    trained_template(lorad, base, llama_cpp, work)
     llama_cpp_answers(lorad, base, data, questions, llama_cpp, work)
     print(f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}: all of it held")
 
