@@ -11,10 +11,11 @@ use minijinja::{AutoEscape, Environment, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
-/// What stays unbounded is minijinja's own walk over a list that was added to itself over and over (`x = x + x`): the server is
-/// safe from it because only workers render, and one that makes no progress is killed.
+/// Instructions, and 64-byte pieces of data, that one rendering may take.
 ///
-/// Instructions, and 64-byte pieces of data, that one rendering may take: about half a second.
+/// Two things are outside of it. minijinja walks a list that was added to itself over and over (`x = x + x`) on its own: only workers
+/// render, and one that makes no progress is killed. And it computes constants while a template is compiled, which [`check`] does
+/// in the server too: a request with `[1] * 1000000000000` in its template can hold a thread of it.
 const FUEL: u64 = 4_000_000;
 /// Bytes that one rendering may write.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
