@@ -3,6 +3,8 @@
 //! Two things differ on purpose: the date never changes, and `{% generation %}` blocks are read as plain text around their
 //! content (the loss mask comes from the structure of the conversation, see `data/encode.rs`).
 
+mod depth;
+
 use std::io;
 
 use minijinja::syntax::SyntaxConfig;
@@ -11,11 +13,15 @@ use minijinja::{AutoEscape, Environment, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
-/// Instructions, and 64-byte pieces of data, that one rendering may take.
+/// Bytes of a template; the longest that models come with have a fifth of it.
+pub(crate) const MAX_TEMPLATE_BYTES: usize = 64 << 10;
+/// Stack of the thread that reads a template: `a + a + a …` is a tree as deep as it is long, and what drops it calls itself.
+const STACK_BYTES: usize = 128 << 20;
+/// Instructions, and 64-byte pieces of data, that one rendering may take; docs/LOG.md has the seconds.
 ///
-/// Two things are outside of it. minijinja walks a list that was added to itself over and over (`x = x + x`) on its own: only workers
-/// render, and one that makes no progress is killed. And it computes constants while a template is compiled, which [`check`] does
-/// in the server too: a request with `[1] * 1000000000000` in its template can hold a thread of it.
+/// It does not pay for the items of lists before they are walked, when two are compared or added: `x = x + x`, a few dozen times,
+/// is larger than any memory. So constants are not computed where a template is only checked (in the server), and what compiles
+/// and renders is a worker or a command, with bounded memory (`src/memory.rs`); a worker that makes no progress is killed.
 const FUEL: u64 = 4_000_000;
 /// Bytes that one rendering may write.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
@@ -32,8 +38,7 @@ pub(crate) struct Raised(pub(crate) String);
 /// An environment without templates.
 pub(crate) fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.expect("the default delimiters differ from each other"));
+    environment.set_syntax(syntax());
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python_method);
     environment.set_fuel(Some(FUEL));
@@ -44,24 +49,48 @@ pub(crate) fn environment() -> Environment<'static> {
     environment
 }
 
+pub(super) fn syntax() -> SyntaxConfig {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    syntax.expect("the default delimiters differ from each other")
+}
+
 /// Adds a template under that name.
 ///
 /// # Errors
-/// What is wrong with its syntax, and at which line.
+/// What is wrong with its syntax, and at which line; a template that is too long.
 pub(crate) fn add_template(
     environment: &mut Environment<'static>,
     name: &'static str,
     source: &str,
 ) -> Result<(), String> {
-    environment.add_template_owned(name, without_generation_tags(source)).map_err(|error| syntax_error(&error))
+    on_large_stack(source, move |source| {
+        depth::check(&source)?;
+        environment.add_template_owned(name, source)
+    })
 }
 
-/// Whether a template compiles.
+/// Whether a template can be read; nothing of it is computed.
 ///
 /// # Errors
-/// What is wrong with its syntax, and at which line.
+/// What is wrong with its syntax, and at which line; a template that is too long.
 pub(crate) fn check(source: &str) -> Result<(), String> {
-    add_template(&mut environment(), "template", source)
+    on_large_stack(source, |source| depth::check(&source))
+}
+
+fn on_large_stack(
+    source: &str,
+    read: impl FnOnce(String) -> Result<(), minijinja::Error> + Send,
+) -> Result<(), String> {
+    if source.len() > MAX_TEMPLATE_BYTES {
+        return Err(format!("it has {} bytes, at most {MAX_TEMPLATE_BYTES} are supported", source.len()));
+    }
+    let source = without_generation_tags(source);
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, move || read(source));
+        let thread = thread.map_err(|error| format!("no thread could be started to read it: {error}"))?;
+        let read = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        read.map_err(|error| syntax_error(&error))
+    })
 }
 
 fn syntax_error(error: &minijinja::Error) -> String {
@@ -425,5 +454,50 @@ mod tests {
             check(source).unwrap_err();
         }
         check("{% generation %}a{% endgeneration %}").unwrap();
+    }
+
+    /// Chains are trees as deep as they are long: what reads them must run out of neither stack nor time.
+    #[test]
+    fn a_template_of_one_long_chain_is_refused() {
+        let chain = |start: &str, link: &str, end: &str| {
+            let links = (MAX_TEMPLATE_BYTES - start.len() - end.len()) / link.len();
+            format!("{start}{}{end}", link.repeat(links))
+        };
+        for template in [
+            chain("{{ 1", "+1", " }}"),
+            chain("{{ x", "+x", " }}"),
+            chain("{{ x", ".a", " }}"),
+            chain("{{ x", "|e", " }}"),
+            chain("{{ x", "[0]", " }}"),
+            chain("{{ x", "()", " }}"),
+            chain("{{ x", "~x", " }}"),
+            chain("{{ x", " is a", " }}"),
+            chain("{{ x", " and x", " }}"),
+            chain("{{ -1 if x else 1", "+ (1)", " }}"),
+            chain("{% if x %}", "{% elif x %}", "{% endif %}"),
+            chain("{% for y in x", "~x", " %}{% endfor %}"),
+            chain("{% macro f(y=x", "~x", ") %}{% endmacro %}"),
+            chain("{% set y = {'a': f(*x", "~x", ")} %}"),
+        ] {
+            let refused = Err("its statements or expressions are nested more than 500 deep".to_owned());
+            assert_eq!(check(&template), refused, "{}", &template[..12]);
+            assert_eq!(add_template(&mut environment(), "chain", &template), refused, "{}", &template[..12]);
+        }
+        for template in
+            [chain("{{ 1", "<1", " }}"), chain("", "{{ x }}", ""), chain("{{ x", "~x", " }}")[..990].to_owned() + "}}"]
+        {
+            assert_eq!(check(&template), Ok(()), "{}", &template[..12]);
+            assert_eq!(add_template(&mut environment(), "chain", &template), Ok(()), "{}", &template[..12]);
+        }
+    }
+
+    #[test]
+    fn a_check_computes_nothing() {
+        let endless = format!(
+            "{{{{ [1] * 1000000000000 == [1] * 1000000000000 }}}}{{{{ {}[] }}}}",
+            "[1] * 1000000000000 + ".repeat(40)
+        );
+        assert_eq!(check(&endless), Ok(()));
+        assert_eq!(check("{{ 2 in [1] * 1000000000000000000 }}"), Ok(()));
     }
 }

@@ -6,10 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::SpecError;
 use crate::files::shorten;
-use crate::jinja;
+use crate::jinja::{self, MAX_TEMPLATE_BYTES};
 
-/// Bytes of a template; the longest that models come with have a fifth of it.
-const MAX_TEMPLATE_BYTES: usize = 64 << 10;
 /// Characters of a column's name.
 const MAX_COLUMN_NAME: usize = 256;
 

@@ -153,6 +153,8 @@ fn a_hostile_template_is_stopped_early() {
         assert!(rendered.is_err(), "{source}: {} bytes", rendered.map_or(0, |text| text.len()));
     }
     assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
+    let long = ChatTemplate::new(&"a".repeat(65_537), "", "").err().expect("too long").to_string();
+    assert!(long.contains("it has 65537 bytes, at most 65536 are supported"), "{long}");
     let deep = format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000));
     assert!(ChatTemplate::new(&format!("{{{{ {deep} }}}}"), "", "").is_err());
 }
