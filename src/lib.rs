@@ -5,6 +5,7 @@ pub mod config;
 pub mod http;
 pub mod hub;
 pub mod jobs;
+mod memory;
 pub mod storage;
 pub mod store;
 pub mod types;

@@ -15,6 +15,7 @@ use lorad_engine::spec::Template;
 use lorad_engine::tokenizer::Tokenizer;
 
 use super::ModelArgs;
+use crate::memory::Bound;
 
 /// Talks to a model, with or without an adapter, by the training's own templates and forward pass.
 ///
@@ -67,12 +68,16 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let tokenizer = Tokenizer::from_gguf(&file)?;
     let model = Llama::load(&file)?;
     let lora = args.adapter.as_deref().map(|folder| load_adapter(folder, &model)).transpose()?;
+    let bound = Bound::begin();
     let template = ChatTemplate::for_model(&args.template, &tokenizer)?;
+    drop(bound);
     let spec =
         GenerateSpec { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let mut messages: Vec<Message> = args.system.iter().map(|system| Message::new(Role::System, system)).collect();
     let answer = |messages: &[Message]| -> anyhow::Result<String> {
+        let bound = Bound::begin();
         let prompt = data::chat_prompt(messages, &template, &tokenizer)?;
+        drop(bound);
         let mut print = |text: &str| match print_now(text) {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),

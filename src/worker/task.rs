@@ -20,6 +20,7 @@ use super::client::{Client, Error};
 use super::failure::{self, Fault, Ours};
 use super::report::{self, Report};
 use crate::hub::{self, BaseModel, Hub};
+use crate::memory::Bound;
 use crate::types::attempt::TaskKind;
 use crate::types::event::{EventType, Level};
 use crate::types::metric::Metric;
@@ -131,9 +132,11 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
         artifacts::check(&inputs.task, &base, &tokenizer)?;
         let context_length = llama.config().context_length;
         let mut on_progress = || progress.made();
+        let bound = Bound::begin();
         let mut read = |path| data::validate(path, &inputs.task.spec, &tokenizer, context_length, &mut on_progress);
         let training = read(&inputs.training_file)?;
         let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
+        drop(bound);
         let untrained = untrained_tokens(&base, &training.control_tokens)?.into_iter();
         let untrained = untrained.filter_map(|id| tokenizer.token_text(id)).map(str::to_owned).collect::<Vec<_>>();
         Ok((training, untrained, validation))
@@ -187,12 +190,14 @@ fn train_and_export(
     let task = &inputs.task;
     let (base, llama, tokenizer) = inputs.load_model(progress)?;
     let context_length = llama.config().context_length;
+    let bound = Bound::begin();
     let read = |path: &Path| {
         let scratch = &inputs.scratch;
         data::prepare(path, &task.spec, &tokenizer, context_length, scratch, &mut || progress.made())
     };
     let dataset = read(&inputs.training_file)?;
     let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
+    drop(bound);
     progress.made();
     let resume = begin.checkpoint.map(|path| Checkpoint::load(&path)).transpose()?;
     let init_from = begin.init_from.map(|archive| artifacts::unpack_adapter(&archive, &inputs.scratch)).transpose()?;
