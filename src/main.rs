@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lorad: {}", in_one_line(&error));
+            eprintln!("lorad: {}", cli::terminal::printable(&in_one_line(&error)));
             ExitCode::FAILURE
         }
     }

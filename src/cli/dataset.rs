@@ -3,9 +3,9 @@
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::{Args, Subcommand};
-use lorad_engine::data::{self, MIN_ROWS, Preview, PreviewRow, Repeats, Report};
+use lorad_engine::data::{self, DatasetError, MIN_ROWS, Preview, PreviewRow, Repeats, Report};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::{Config, untrained_tokens};
 use lorad_engine::spec::{
@@ -14,7 +14,9 @@ use lorad_engine::spec::{
 use lorad_engine::tokenizer::Tokenizer;
 use serde_json::json;
 
+use super::terminal::{in_line, printable};
 use super::{ModelArgs, named};
+use crate::memory::Bound;
 
 /// Lines of repeated rows that a person is shown.
 const SHOWN_LINES: usize = 10;
@@ -132,6 +134,7 @@ pub(super) fn template(text: &str) -> Result<Template, String> {
 /// # Errors
 /// A base model or data set that cannot be read; a report on a data set that cannot be trained on.
 pub fn run(command: &DatasetCommand) -> anyhow::Result<()> {
+    let _bound = Bound::begin();
     match &command.action {
         Action::Report(args) => report(args),
         Action::Preview(args) => preview(args),
@@ -163,7 +166,7 @@ fn report(args: &ReportArgs) -> anyhow::Result<()> {
     let base = args.source.open()?;
     let survey = |path: &Path, training| {
         data::survey(path, &base.spec, &base.tokenizer, base.context_length, training, &mut || ())
-            .with_context(|| format!("cannot read {}", path.display()))
+            .map_err(about("cannot read", path))
     };
     let (training, hashes) = survey(&args.source.data, None)?;
     let validation = args.validation.as_deref().map(|path| survey(path, Some(&hashes))).transpose()?;
@@ -200,6 +203,16 @@ fn report(args: &ReportArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says what failed with which file, which an error about the file itself says on its own.
+pub(super) fn about<'a>(what: &'a str, path: &'a Path) -> impl FnOnce(lorad_engine::Error) -> anyhow::Error + 'a {
+    move |error| {
+        let names_it = matches!(&error, lorad_engine::Error::Dataset(DatasetError::Io { .. }));
+        let context =
+            if names_it { "cannot read the data set".to_owned() } else { format!("{what} {}", path.display()) };
+        anyhow::Error::new(error).context(context)
+    }
+}
+
 /// The texts of special tokens that the rows use and the base model never learnt.
 pub(super) fn untrained_texts(file: &GgufFile, tokenizer: &Tokenizer, report: &Report) -> anyhow::Result<Vec<String>> {
     let untrained = untrained_tokens(file, &report.control_tokens)?;
@@ -214,7 +227,7 @@ pub(super) fn write_untrained(out: &mut impl Write, untrained: &[String]) -> std
     writeln!(
         out,
         "warning: the base model never learnt {}, which the rows use: with a base that is no chat model, take --template alpaca",
-        untrained.join(", ")
+        in_line(&untrained.join(", "))
     )
 }
 
@@ -241,13 +254,16 @@ fn write_report(out: &mut impl Write, path: &Path, report: &Report) -> std::io::
     if let Some(overlap) = &report.overlap {
         write_repeats(out, "overlap", "rows stand in the training file too", overlap)?;
     }
+    if report.lost_characters > 0 {
+        writeln!(out, "  lost        {} characters, which the tokenizer has no token for", report.lost_characters)?;
+    }
     for (field, rows) in &report.ignored_fields {
-        writeln!(out, "  ignored     the field `{field}` of {rows} rows")?;
+        writeln!(out, "  ignored     the field `{}` of {rows} rows", in_line(field))?;
     }
     if report.bad_row_count > 0 {
         writeln!(out, "  bad         {} rows cannot be used", report.bad_row_count)?;
         for row in &report.bad_rows {
-            writeln!(out, "    {row}")?;
+            writeln!(out, "    {}", in_line(&row.to_string()))?;
         }
         let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
         if unlisted > 0 {
@@ -269,8 +285,7 @@ fn write_repeats(out: &mut impl Write, name: &str, what: &str, repeats: &Repeats
 fn preview(args: &PreviewArgs) -> anyhow::Result<()> {
     let Base { tokenizer, context_length, spec, .. } = args.source.open()?;
     let path = &args.source.data;
-    let preview = data::preview(path, &spec, &tokenizer, context_length, args.n)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let preview = data::preview(path, &spec, &tokenizer, context_length, args.n).map_err(about("cannot read", path))?;
     let colours = std::io::stdout().is_terminal();
     let mut out = std::io::stdout().lock();
     if args.source.json {
@@ -298,16 +313,17 @@ fn write_row(out: &mut impl Write, row: &PreviewRow, colours: bool) -> std::io::
     let trained = row.tokens.iter().filter(|token| token.trained).count();
     let PreviewRow { line, row: number, tokens, cut_tokens, problem, .. } = row;
     if let Some(problem) = problem {
-        return writeln!(out, "\n── row {number}, cannot be used: {problem}");
+        return writeln!(out, "\n── row {number}, cannot be used: {}", in_line(&problem.to_string()));
     }
     let cut = if *cut_tokens > 0 { format!(", {cut_tokens} more are cut") } else { String::new() };
     writeln!(out, "\n── row {number}, line {line}: {} tokens, {trained} of them trained{cut}", tokens.len())?;
     let mut inside = false;
     for (index, token) in tokens.iter().enumerate() {
+        let text = printable(&token.text);
         match (token.trained, colours) {
-            (true, true) if index % 2 == 0 => write!(out, "\x1b[32;4m{}\x1b[0m", token.text)?,
-            (true, true) => write!(out, "\x1b[32m{}\x1b[0m", token.text)?,
-            (false, true) => write!(out, "{}", token.text)?,
+            (true, true) if index % 2 == 0 => write!(out, "\x1b[32;4m{text}\x1b[0m")?,
+            (true, true) => write!(out, "\x1b[32m{text}\x1b[0m")?,
+            (false, true) => write!(out, "{text}")?,
             (trained, false) => {
                 let mark = match (inside, trained) {
                     (false, true) => "⟦",
@@ -315,7 +331,7 @@ fn write_row(out: &mut impl Write, row: &PreviewRow, colours: bool) -> std::io::
                     (true, false) => "⟧",
                     (false, false) => "",
                 };
-                write!(out, "{mark}{}", token.text)?;
+                write!(out, "{mark}{text}")?;
             }
         }
         inside = token.trained;
@@ -328,7 +344,7 @@ pub(super) fn list_bad_rows(error: &lorad_engine::Error) {
     let lorad_engine::Error::Dataset(error) = error else { return };
     let Some(report) = error.report() else { return };
     for row in &report.bad_rows {
-        eprintln!("{row}");
+        eprintln!("{}", in_line(&row.to_string()));
     }
     let unlisted = report.bad_row_count - report.bad_rows.len() as u64;
     if unlisted > 0 {
@@ -351,8 +367,11 @@ pub(super) fn describe(report: &Report) {
     if report.duplicates.rows > 0 {
         eprintln!("warning: {} rows repeat an earlier one", report.duplicates.rows);
     }
+    if report.lost_characters > 0 {
+        eprintln!("warning: {} characters are lost, which the tokenizer has no token for", report.lost_characters);
+    }
     for (field, rows) in &report.ignored_fields {
-        eprintln!("warning: the field `{field}` of {rows} rows was not looked at");
+        eprintln!("warning: the field `{}` of {rows} rows was not looked at", in_line(field));
     }
 }
 

@@ -6,6 +6,7 @@ pub mod export;
 pub mod logits;
 pub mod openapi;
 pub mod serve;
+pub mod terminal;
 pub mod train;
 
 use std::path::{Path, PathBuf};

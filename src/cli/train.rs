@@ -23,8 +23,9 @@ use lorad_engine::spec::{
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Start, StepMetrics, TrainEvent};
 
-use super::dataset::{DatasetArgs, describe, list_bad_rows, untrained_texts, write_untrained};
+use super::dataset::{DatasetArgs, about, describe, list_bad_rows, untrained_texts, write_untrained};
 use super::{ModelArgs, export, named, stop_on_ctrl_c};
+use crate::memory::Bound;
 
 const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
 const METRICS_FILE: &str = "metrics.csv";
@@ -225,13 +226,15 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let read = |path: &Path, spec: &TrainSpec, what: &str| {
         let dataset = data::prepare(path, spec, &tokenizer, model.config().context_length, &args.out, &mut || ())
             .inspect_err(list_bad_rows)
-            .with_context(|| format!("cannot {what} {}", path.display()))?;
+            .map_err(about(what, path))?;
         describe(&dataset.report);
         anyhow::Ok(dataset)
     };
-    let dataset = read(&args.data, &spec, "train on")?;
+    let bound = Bound::begin();
+    let dataset = read(&args.data, &spec, "cannot train on")?;
     write_untrained(&mut std::io::stderr(), &untrained_texts(&file, &tokenizer, &dataset.report)?)?;
-    let validation = args.validation.as_ref().map(|path| read(path, &spec, "evaluate")).transpose()?;
+    let validation = args.validation.as_ref().map(|path| read(path, &spec, "cannot evaluate")).transpose()?;
+    drop(bound);
     if args.estimate {
         return tell_estimate(&spec, &model, &dataset, validation.as_ref());
     }

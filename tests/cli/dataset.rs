@@ -85,6 +85,44 @@ fn a_report_on_a_bad_file_is_printed_and_fails() {
 }
 
 #[test]
+fn a_hostile_file_cannot_steer_the_terminal() {
+    let home = Home::new();
+    let mut rows = vec![
+        json!({"instruction": "\u{1b}]0;title\u{7}q\u{9b}2J", "output": "a\u{1b}[8mb\rc", "\u{1b}[2Jid\n": 1});
+        10
+    ];
+    write(&home, "good.jsonl", &rows);
+    rows.push(json!({"instruction": "q", "output": "a", "chosen": "\u{1b}"}));
+    rows.push(json!({"messages": [{"role": "\u{1b}[31m", "content": "q"}]}));
+    write(&home, "bad.jsonl", &rows);
+    std::fs::write(home.path("unknown.jsonl"), "{\"\\u001b[31mkey\": 1}\n").expect("a data set");
+    let commands: [(&[&str], &str); 5] = [
+        (&["dataset", "report", "--data", "good.jsonl"], "the field `\\u{1b}[2Jid\\u{a}` of 10 rows"),
+        (&["dataset", "preview", "--data", "good.jsonl"], "\\u{1b}[8mb\\u{d}c"),
+        (&["dataset", "report", "--data", "bad.jsonl", "--format", "chat"], "cannot be used"),
+        (&["dataset", "report", "--data", "unknown.jsonl"], "keys `\\u{1b}[31mkey`"),
+        (&["train", "--data", "bad.jsonl", "--out", "out"], "cannot train on bad.jsonl"),
+    ];
+    for (command, says) in commands {
+        let output = run(&home, command, &[]);
+        let text = (stdout(&output) + &stderr(&output)).replace('|', "");
+        assert!(text.contains(says), "{command:?}: {text}");
+        let steers = |c: char| c.is_control() && c != '\n' && c != '\t';
+        assert!(!text.contains(steers), "{command:?}: {text:?}");
+    }
+}
+
+#[test]
+fn a_missing_file_is_named_once() {
+    let home = Home::new();
+    for command in [&["train", "--out", "out"][..], &["dataset", "report"], &["dataset", "preview"]] {
+        let output = run(&home, command, &["--data", "nowhere.jsonl"]);
+        assert_eq!(stderr(&output).matches("nowhere.jsonl").count(), 1, "{}", stderr(&output));
+        assert!(!output.status.success());
+    }
+}
+
+#[test]
 fn every_format_trains() {
     let home = Home::new();
     let tool = json!({"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}});
