@@ -91,10 +91,10 @@ def main():
         subprocess.run([folder / "llama-quantize", base, theirs, name], check=True, capture_output=True)
         mine, other = File(ours), File(theirs)
         kinds = [{tensor: NAMES[kind] for tensor, (kind, _, _) in file.tensors.items()} for file in (mine, other)]
-        for tensor in sorted(set(kinds[0]) | set(kinds[1])):
-            types = [kind.get(tensor, "missing") for kind in kinds]
-            if types[0] != types[1]:
-                failures.append(f"{name}: tensor {tensor} is {types[0]}, llama-quantize's is {types[1]}")
+        pairs = {tensor: [kind.get(tensor, "missing") for kind in kinds] for tensor in sorted(set(kinds[0]) | set(kinds[1]))}
+        others = [f"{tensor} ({ours_is}, not {theirs_is})" for tensor, (ours_is, theirs_is) in pairs.items() if ours_is != theirs_is]
+        if others:
+            failures.append(f"{name}: {len(others)} tensors have another type than llama-quantize's: {', '.join(others[:3])}")
         counts = collections.defaultdict(lambda: [0, 0])
         for tensor, (kind, _, _) in other.tensors.items():
             counts[NAMES[kind]][0] += tensor in mine.tensors and mine.bytes(tensor) == other.bytes(tensor)
