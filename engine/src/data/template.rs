@@ -197,8 +197,8 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// As [`Self::for_model`], for what is made of a tuned model: a model whose own template cannot be used has none, for it can be
-    /// trained on texts and exported nevertheless.
+    /// As [`Self::for_model`], for what is made of a tuned model: a model whose own template cannot be used has none, and can
+    /// be exported nevertheless.
     ///
     /// # Errors
     /// As [`Self::for_model`], for a template that was asked for.
