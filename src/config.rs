@@ -119,6 +119,8 @@ pub struct Workers {
     pub stall_seconds: u32,
     /// Seconds between the checkpoints that are kept only for resuming. Default 60.
     pub checkpoint_seconds: u32,
+    /// Seconds that a training may take to end its step and save, when its job is paused or the server ends. Default 60.
+    pub pause_seconds: u32,
     /// Threads of a worker's arithmetic; 0: one per processor. Default 0.
     pub threads: u32,
     /// The program that is started as a worker. Default: this one.
@@ -161,6 +163,7 @@ impl Default for Workers {
             lease_seconds: 30,
             stall_seconds: 3600,
             checkpoint_seconds: 60,
+            pause_seconds: 60,
             threads: 0,
             executable: None,
         }
@@ -225,6 +228,7 @@ impl Config {
             ("workers.lease_seconds", workers.lease_seconds, "must be from 2 to 3600", 2..=3600),
             ("workers.stall_seconds", workers.stall_seconds, "must be from 10 to 604800", 10..=604_800),
             ("workers.checkpoint_seconds", workers.checkpoint_seconds, "must be from 1 to 86400", 1..=86_400),
+            ("workers.pause_seconds", workers.pause_seconds, "must be from 1 to 3600", 1..=3600),
             ("workers.threads", workers.threads, "must be from 0 to 1024", 0..=1024),
             ("limits.validations", self.limits.validations, "must be from 1 to 64", 1..=64),
         ] {
@@ -277,6 +281,11 @@ impl Workers {
     /// How long a worker that is alive may make no progress.
     pub fn stall(&self) -> Duration {
         Duration::from_secs(u64::from(self.stall_seconds))
+    }
+
+    /// How long a training may take to end its step and save.
+    pub fn pause(&self) -> Duration {
+        Duration::from_secs(u64::from(self.pause_seconds))
     }
 }
 

@@ -24,7 +24,7 @@ use crate::jobs::{Jobs, sweep};
 use crate::storage::Storage;
 use crate::store::Store;
 
-/// Time that requests in flight have to end once the server was told to.
+/// Time that requests in flight have to end once the workers are gone.
 const DRAIN: Duration = Duration::from_secs(10);
 
 /// Runs the fine-tuning server.
@@ -35,7 +35,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// A setting that does not exist is an error.
 ///
 /// Trainings run in worker processes, one at a time. A server that is killed goes on where it was when it is started again;
-/// Ctrl-C stops the workers too, and an interrupted training goes on from its last checkpoint at the next start. The log of
+/// Ctrl-C or SIGTERM lets a training end its step and save, stops the workers, and the training goes on at the next start. The log of
 /// each worker stands in logs of the data folder until 30 days after its end.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_long_help = SETTINGS)]
@@ -72,6 +72,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   lease_seconds = 30             how long a silent worker counts as alive
   stall_seconds = 3600           how long a worker may make no progress
   checkpoint_seconds = 60        longest time between two checkpoints to resume from
+  pause_seconds = 60             how long a training may take to end its step and save, when paused or the server stops
   threads = 0                    threads of a worker's arithmetic; 0: one per processor
   executable = \"FILE\"            program that is started as a worker; default: this one
   [models]
@@ -122,22 +123,24 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     tasks.spawn(named("the sweep", sweep::run(jobs.clone(), launcher.clone(), shutdown.clone())));
     let scheduler = Scheduler::new(config, jobs, launcher);
     let scheduled = scheduler.run(shutdown.clone());
+    let gone = workers_gone.clone();
     tasks.spawn(named("the scheduler", async move {
         // Also where the scheduler panics: the workers' API must end for the server to end.
-        let _workers_gone = workers_gone.drop_guard();
+        let _gone = gone.drop_guard();
         scheduled.await
     }));
     tracing::info!(%address, data_dir = %data_dir.display(), "listening on http://{address}/v1");
 
-    let result = supervise(tasks, &shutdown, DRAIN).await;
+    let result = supervise(tasks, (&shutdown, &workers_gone), DRAIN).await;
     store.close().await;
     result
 }
 
-/// Waits for a signal, or for a task to end that should not; then lets all tasks end, for the time `drain`.
+/// Waits for a signal, or for a task to end that should not; then lets all tasks end: the workers, which the scheduler bounds,
+/// and from then on what is in flight, for the time `drain`.
 async fn supervise(
     mut tasks: JoinSet<anyhow::Result<()>>,
-    shutdown: &CancellationToken,
+    (shutdown, workers_gone): (&CancellationToken, &CancellationToken),
     drain: Duration,
 ) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for Ctrl-C")?;
@@ -163,7 +166,7 @@ async fn supervise(
     };
     tokio::select! {
         () = drained => (),
-        () = tokio::time::sleep(drain) => {
+        () = async { workers_gone.cancelled().await; tokio::time::sleep(drain).await } => {
             tracing::warn!("requests are still in flight after {} s, ending them", drain.as_secs());
         }
         _ = interrupt.recv() => bail!("stopped at once by a second signal"),
@@ -251,7 +254,9 @@ mod tests {
         let mut tasks = JoinSet::new();
         tasks.spawn(std::future::pending());
         tasks.spawn(async { panic!("out of order") });
-        let ended = supervise(tasks, &CancellationToken::new(), Duration::ZERO).await;
+        let workers_gone = CancellationToken::new();
+        workers_gone.cancel();
+        let ended = supervise(tasks, (&CancellationToken::new(), &workers_gone), Duration::ZERO).await;
         let error = ended.expect_err("a task that panicked");
         assert_eq!(error.to_string(), "a task of the server panicked");
     }

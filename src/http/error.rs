@@ -211,7 +211,7 @@ impl From<jobs::Error> for ApiError {
             jobs::Error::NoSuchAdapter(_) => Self::bad_request("lora.init_from", message),
             jobs::Error::NoSuchJob(id) => Self::no_such_job(&id),
             jobs::Error::FileInUse { .. } => Self::bad_request("id", message).code("file_in_use"),
-            jobs::Error::NotCancellable { .. } => Self::bad_request("fine_tune_id", message).code("not_cancellable"),
+            jobs::Error::JobHasEnded { .. } => Self::bad_request("fine_tune_id", message).code("job_has_ended"),
             jobs::Error::IdempotencyKeyReused { .. } => Self::bad_request("Idempotency-Key", message),
             jobs::Error::Model(error) => error.into(),
             jobs::Error::AttemptEnded => Self::new(StatusCode::GONE, message).code(ATTEMPT_ENDED),

@@ -1,4 +1,4 @@
-//! `/v1/fine_tuning/jobs`: create, list, retrieve, cancel.
+//! `/v1/fine_tuning/jobs`: create, list, retrieve, cancel, pause, resume.
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -77,7 +77,7 @@ pub(super) struct JobView {
     quantization: &'static str,
     /// The data set.
     dataset: DatasetFields,
-    /// Always 0.
+    /// Higher ones are trained first, then older ones.
     priority: i64,
     /// The training loop.
     training: TrainingFields,
@@ -117,7 +117,7 @@ impl From<Job> for JobView {
             lora: LoraFields::resolved(train, job.spec.init_from.map(|adapter| adapter.name)),
             quantization: "auto",
             dataset: train.into(),
-            priority: 0,
+            priority: job.spec.priority,
             training: train.into(),
             model: job.spec.model,
             metadata: job.spec.metadata,
@@ -152,7 +152,7 @@ pub(super) async fn create(
     };
     let spec = JobSpec::parse(&body.0, init_from)?;
     let text = String::from_utf8_lossy(&body.0);
-    let request = Request { body: &text, idempotency_key: idempotency_key(&headers)? };
+    let request = Request { body: &text, idempotency_key: idempotency_key(&headers)?, is_retry: is_retry(&headers) };
     let job = jobs::create::create(&app.jobs, &app.hub, DEFAULT_OWNER, spec, request).await?;
     Ok(Json(job.into()))
 }
@@ -163,6 +163,12 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
     let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
     let message = || format!("{NAME} must be 1 to 255 visible characters, got `{}`", value.as_bytes().escape_ascii());
     key.map(Some).ok_or_else(|| ApiError::bad_request(NAME, message()))
+}
+
+/// Whether the client says that it sent this request before, as OpenAI's does.
+fn is_retry(headers: &HeaderMap) -> bool {
+    let count = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()?.parse::<u32>().ok());
+    count.is_some_and(|count| count > 0)
 }
 
 /// List fine-tuning jobs, newest first.
@@ -209,5 +215,29 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: 
 pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
     let job = jobs::cancel::cancel(&app.jobs, DEFAULT_OWNER, job_id).await?;
+    Ok(Json(job.into()))
+}
+
+/// Pause a fine-tuning job.
+///
+/// Its status changes at once; a worker that trains ends its step and saves before it ends. The body must be empty, or is ignored.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause", operation_id = "pauseFineTuningJob", tag = "Fine-tuning",
+    params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
+    responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn pause(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
+    let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
+    let job = jobs::pause::pause(&app.jobs, DEFAULT_OWNER, job_id).await?;
+    Ok(Json(job.into()))
+}
+
+/// Resume a fine-tuning job.
+///
+/// It waits in the queue again and goes on where it was; one that is not paused stays as it is. The body must be empty, or is ignored.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume", operation_id = "resumeFineTuningJob", tag = "Fine-tuning",
+    params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
+    responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn resume(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
+    let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
+    let job = jobs::resume::resume(&app.jobs, DEFAULT_OWNER, job_id).await?;
     Ok(Json(job.into()))
 }

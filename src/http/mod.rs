@@ -86,6 +86,8 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(fine_tuning_jobs::list, fine_tuning_jobs::create))
         .routes(routes!(fine_tuning_jobs::retrieve))
         .routes(routes!(fine_tuning_jobs::cancel))
+        .routes(routes!(fine_tuning_jobs::pause))
+        .routes(routes!(fine_tuning_jobs::resume))
         .routes(routes!(checkpoints::list))
         .routes(routes!(artifacts::list))
         .routes(routes!(artifacts::retrieve))

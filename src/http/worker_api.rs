@@ -16,8 +16,8 @@ use crate::jobs::claim::token_sha256;
 use crate::types::attempt::{Attempt, AttemptState};
 use crate::types::worker_protocol::{
     ARTIFACTS_PATH, ArtifactQuery, CHECKPOINT_PATH, CHECKPOINTS_PATH, CheckpointQuery, EVENTS_PATH, Events,
-    FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, HeartbeatReply, INIT_FROM_PATH, TASK_PATH, TRAINING_FILE_PATH,
-    Task, VALIDATION_FILE_PATH, VERSION, VERSION_HEADER,
+    FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, INIT_FROM_PATH, Reply, TASK_PATH, TRAINING_FILE_PATH, Task,
+    VALIDATION_FILE_PATH, VERSION, VERSION_HEADER,
 };
 use crate::{jobs, store};
 
@@ -102,16 +102,16 @@ async fn checkpoint(State(app): State<App>, Caller(attempt): Caller) -> Result<R
     Ok(Response::new(Body::from_stream(app.jobs.storage.get(&latest.object_key).await?)))
 }
 
-async fn heartbeat(State(app): State<App>, Caller(attempt): Caller, body: JsonBytes) -> Result<Json<HeartbeatReply>> {
+async fn heartbeat(State(app): State<App>, Caller(attempt): Caller, body: JsonBytes) -> Result<Json<Reply>> {
     let body: Heartbeat = body.read()?;
     let action = jobs::heartbeat::heartbeat(&app.jobs, &attempt, &body, app.lease).await?;
-    Ok(Json(HeartbeatReply { action }))
+    Ok(Json(Reply { action }))
 }
 
-async fn events(State(app): State<App>, Caller(attempt): Caller, body: JsonBytes) -> Result<Json<serde_json::Value>> {
+async fn events(State(app): State<App>, Caller(attempt): Caller, body: JsonBytes) -> Result<Json<Reply>> {
     let news: Events = body.read()?;
-    jobs::append_events::append_events(&app.jobs, &attempt, &news).await?;
-    Ok(done())
+    let action = jobs::append_events::append_events(&app.jobs, &attempt, &news).await?;
+    Ok(Json(Reply { action }))
 }
 
 async fn put_checkpoint(

@@ -9,16 +9,16 @@ use crate::types::event::NewEvent;
 use crate::types::ids::AttemptId;
 use crate::types::job::{Job, Status};
 use crate::types::now_ms;
-use crate::types::worker_protocol::{Events, WorkerEvent};
+use crate::types::worker_protocol::{Action, Events, WorkerEvent};
 
-/// Appends a worker's sentences and figures, each only if it is new.
+/// Appends a worker's sentences and figures, each only if it is new, and tells it whether to go on.
 ///
 /// # Errors
 /// The attempt has ended, or its job has.
-pub async fn append_events(jobs: &Jobs, attempt: &Attempt, news: &Events) -> Result<()> {
+pub async fn append_events(jobs: &Jobs, attempt: &Attempt, news: &Events) -> Result<Action> {
     let now_ms = now_ms();
     let mut tx = jobs.store.begin_write().await?;
-    let job = working_job(&mut tx, attempt.id).await?;
+    let (job, state) = reporting_job(&mut tx, attempt.id).await?;
     append_worker_events(&mut tx, &job, attempt.id, &news.events, now_ms).await?;
     for metric in &news.metrics {
         if store::metric::insert(&mut tx, job.id, metric, now_ms).await? {
@@ -30,7 +30,7 @@ pub async fn append_events(jobs: &Jobs, attempt: &Attempt, news: &Events) -> Res
     }
     tx.commit().await?;
     jobs.tell_readers();
-    Ok(())
+    Ok(Action::of(state))
 }
 
 /// Appends a worker's sentences, each only if it is new.
@@ -48,13 +48,26 @@ pub(super) async fn append_worker_events(
     Ok(())
 }
 
-/// The job of an attempt whose word still counts, looked at inside the transaction that writes it down.
+/// The job of an attempt that is wanted to work, looked at inside the transaction that writes down what it did.
 pub(super) async fn working_job(conn: &mut SqliteConnection, attempt_id: AttemptId) -> Result<Job> {
-    let Some(attempt) = store::attempt::find(conn, attempt_id).await? else { return Err(Error::AttemptEnded) };
-    match attempt.state {
-        AttemptState::Starting | AttemptState::Running => {}
-        AttemptState::Stopping | AttemptState::Ended => return Err(Error::AttemptEnded),
+    let (job, state) = reporting_job(conn, attempt_id).await?;
+    match state {
+        AttemptState::Starting | AttemptState::Running => Ok(job),
+        AttemptState::Pausing | AttemptState::Stopping | AttemptState::Ended => Err(Error::AttemptEnded),
     }
-    let job = store::job::get(conn, attempt.job_id).await?;
-    job.filter(|job| matches!(job.status, Status::ValidatingFiles | Status::Running)).ok_or(Error::AttemptEnded)
+}
+
+/// The job of an attempt whose word still counts, and how far the attempt is. The steps that a worker did before it learned
+/// that its job is paused count, also if the job waits in the queue again.
+pub(super) async fn reporting_job(conn: &mut SqliteConnection, attempt_id: AttemptId) -> Result<(Job, AttemptState)> {
+    let Some(attempt) = store::attempt::find(conn, attempt_id).await? else { return Err(Error::AttemptEnded) };
+    let job = store::job::get(conn, attempt.job_id).await?.ok_or(Error::AttemptEnded)?;
+    let counts = match attempt.state {
+        AttemptState::Starting | AttemptState::Running => {
+            matches!(job.status, Status::ValidatingFiles | Status::Running)
+        }
+        AttemptState::Pausing => !job.status.is_final(),
+        AttemptState::Stopping | AttemptState::Ended => false,
+    };
+    if counts { Ok((job, attempt.state)) } else { Err(Error::AttemptEnded) }
 }

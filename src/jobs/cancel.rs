@@ -21,7 +21,7 @@ pub async fn cancel(jobs: &Jobs, owner: &str, id: JobId) -> Result<Job> {
         return Ok(job);
     }
     if !job.status.may_become(Status::Cancelled) {
-        return Err(Error::NotCancellable { job: id, status: job.status });
+        return Err(Error::JobHasEnded { job: id, done: "cancelled", status: job.status });
     }
     store::job::transition(&mut tx, id, job.status, Status::Cancelled, now_ms).await?;
     store::event::append(&mut tx, id, &NewEvent::cancelled(), now_ms).await?;

@@ -15,7 +15,11 @@ use crate::types::job::{Job, Status, model_name};
 use crate::types::job_spec::JobSpec;
 use crate::types::now_ms;
 
-/// Creates this owner's job; a request that is repeated under its `Idempotency-Key` gives the job that is there.
+/// How long after a request a client may send it again because it got no answer, in milliseconds.
+const RETRIED_WITHIN_MS: i64 = 120_000;
+
+/// Creates this owner's job; a request that is repeated under its `Idempotency-Key`, or that says of itself that it is a repeated
+/// one, gives the job that is there.
 ///
 /// # Errors
 /// No such training file, a file of another purpose, a base model that is known not to be there, a key of another request.
@@ -70,7 +74,16 @@ fn check_purpose(field: &'static str, file: &File) -> Result<()> {
 
 /// The job that this request made when it came before.
 async fn repeated(conn: &mut SqliteConnection, owner: &str, request: Request<'_>) -> Result<Option<Job>> {
-    let Some(key) = request.idempotency_key else { return Ok(None) };
+    let Some(key) = request.idempotency_key else {
+        if !request.is_retry {
+            return Ok(None);
+        }
+        let made = store::job::by_body(conn, owner, request.body, now_ms() - RETRIED_WITHIN_MS).await?;
+        return Ok(match made {
+            Some(id) => store::job::find(conn, id, owner).await?,
+            None => None,
+        });
+    };
     let Some((id, body)) = store::job::by_idempotency_key(conn, owner, key).await? else { return Ok(None) };
     if body != request.body {
         return Err(Error::IdempotencyKeyReused { key: key.to_owned(), job: id });

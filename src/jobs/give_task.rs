@@ -55,7 +55,7 @@ pub async fn give_task(jobs: &Jobs, attempt: &Attempt, lease: Duration, checkpoi
         }),
         model_name: job.model_name,
         lease_seconds: lease.as_secs(),
-        heartbeat_seconds: (lease.as_secs() / 3).max(1),
+        heartbeat_seconds: (lease.as_secs() / 3).clamp(1, 5),
         checkpoint_seconds,
     })
 }

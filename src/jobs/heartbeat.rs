@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Error, Jobs, Result};
 use crate::store;
-use crate::types::attempt::{Attempt, AttemptState};
+use crate::types::attempt::Attempt;
 use crate::types::now_ms;
 use crate::types::worker_protocol::{Action, Heartbeat};
 
@@ -22,8 +22,5 @@ pub async fn heartbeat(jobs: &Jobs, attempt: &Attempt, heartbeat: &Heartbeat, le
     }
     let state = store::attempt::find(&mut tx, attempt.id).await?.map(|attempt| attempt.state);
     tx.commit().await?;
-    Ok(match state {
-        Some(AttemptState::Starting | AttemptState::Running) => Action::Continue,
-        Some(AttemptState::Stopping | AttemptState::Ended) | None => Action::Stop,
-    })
+    Ok(state.map_or(Action::Stop, Action::of))
 }

@@ -11,8 +11,10 @@ pub mod finish_attempt;
 pub mod give_task;
 pub mod heartbeat;
 pub mod launcher;
+pub mod pause;
 pub mod put_artifact;
 pub mod put_checkpoint;
+pub mod resume;
 pub mod scheduler;
 pub mod sweep;
 #[cfg(test)]
@@ -66,10 +68,12 @@ pub enum Error {
         job: JobId,
     },
     /// The job has come to its end already.
-    #[error("job {job} cannot be cancelled: its status is {status}")]
-    NotCancellable {
+    #[error("job {job} cannot be {done}: its status is {status}")]
+    JobHasEnded {
         /// The job.
         job: JobId,
+        /// What was asked for, as a participle.
+        done: &'static str,
         /// Its state.
         status: Status,
     },

@@ -7,7 +7,7 @@ use futures::Stream;
 use serde_json::{Value, json};
 use sqlx::SqliteConnection;
 
-use super::append_events::working_job;
+use super::append_events::reporting_job;
 use super::{Error, Jobs, Result};
 use crate::storage::checkpoint_key;
 use crate::store;
@@ -59,7 +59,7 @@ async fn add(
 ) -> Result<Vec<String>> {
     let (step, now_ms) = (i64::from(query.step), now_ms());
     let mut tx = jobs.store.begin_write().await?;
-    let job = working_job(&mut tx, attempt.id).await?;
+    let (job, _) = reporting_job(&mut tx, attempt.id).await?;
     let model_name = checkpoint_name(&job.model_name, step);
     let metrics = step_metrics(&mut tx, job.id, step).await?;
     let mut unneeded = Vec::new();

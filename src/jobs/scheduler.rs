@@ -47,6 +47,7 @@ pub struct Scheduler {
     launcher: Launcher,
     lease: Duration,
     stall: Duration,
+    pause: Duration,
     validations: usize,
     started_at: Instant,
     watched: HashMap<AttemptId, Watched>,
@@ -68,6 +69,8 @@ struct Watched {
     first_lease_ms: i64,
     /// How it ended, in words.
     exit: Option<String>,
+    /// When it was first seen to be told to end its step.
+    pausing_since: Option<Instant>,
     /// When it was told to stop.
     stopping_since: Option<Instant>,
     /// When its attempt was first seen to have ended while it still ran.
@@ -92,6 +95,7 @@ impl Watched {
             own,
             first_lease_ms: attempt.lease_expires_at_ms,
             exit: None,
+            pausing_since: None,
             stopping_since: None,
             ended_since: None,
             killed_because: None,
@@ -140,6 +144,7 @@ impl Scheduler {
             launcher,
             lease: config.workers.lease(),
             stall: config.workers.stall(),
+            pause: config.workers.pause(),
             validations: config.limits.validations as usize,
             started_at: Instant::now(),
             watched: HashMap::new(),
@@ -149,7 +154,7 @@ impl Scheduler {
         }
     }
 
-    /// Ticks until `shutdown`, then stops every worker.
+    /// Ticks until `shutdown`, then stops every worker, trainings after the step that they are at.
     ///
     /// # Errors
     /// The database failed while the workers were stopped; errors before that are logged and tried again.
@@ -167,6 +172,7 @@ impl Scheduler {
                 Some(exit) = self.exits.join_next() => self.note_exit(exit),
             }
         }
+        self.pause_all().await?;
         self.stop_all().await
     }
 
@@ -206,7 +212,7 @@ impl Scheduler {
         if !watched.is_alive() {
             let counts = watched.own || watched.first_lease_ms != attempt.lease_expires_at_ms;
             let outcome = match attempt.state {
-                AttemptState::Stopping => AttemptOutcome::Stopped,
+                AttemptState::Pausing | AttemptState::Stopping => AttemptOutcome::Stopped,
                 AttemptState::Starting | AttemptState::Running | AttemptState::Ended if counts => {
                     AttemptOutcome::Crashed
                 }
@@ -220,7 +226,10 @@ impl Scheduler {
         // What a worker got done while no server was there, it can tell only now.
         let standing_still = Duration::from_millis(now_ms.saturating_sub(attempt.progress_at_ms).max(0).unsigned_abs())
             .min(self.started_at.elapsed());
-        if attempt.state == AttemptState::Stopping {
+        let too_slow = |since: Instant| since.elapsed() > self.pause;
+        let pausing =
+            attempt.state == AttemptState::Pausing && too_slow(*watched.pausing_since.get_or_insert_with(Instant::now));
+        if attempt.state == AttemptState::Stopping || pausing {
             watched.stop();
         } else if judge && now_ms > attempt.lease_expires_at_ms {
             watched.kill(format!("no heartbeat for {} s", self.lease.as_secs()));
@@ -321,6 +330,25 @@ impl Scheduler {
         Ok(spawn_blocking(move || launcher.clean_up_all_but(&keep)).await?)
     }
 
+    /// Lets every training end its step and hand in a checkpoint, for as long as a pause may take; the others are stopped.
+    async fn pause_all(&mut self) -> Result<()> {
+        let mut tx = self.jobs.store.begin_write().await?;
+        store::attempt::set_pausing(&mut tx, None).await?;
+        tx.commit().await?;
+        let began = Instant::now();
+        let trains = |watched: &Watched| watched.task == TaskKind::Train && watched.is_alive();
+        while began.elapsed() < self.pause && self.watched.values().any(trains) {
+            for watched in self.watched.values_mut().filter(|watched| watched.task != TaskKind::Train) {
+                watched.stop();
+            }
+            tokio::select! {
+                Some(exit) = self.exits.join_next() => self.note_exit(exit),
+                () = tokio::time::sleep(INTERVAL) => (),
+            }
+        }
+        Ok(())
+    }
+
     /// Stops every worker; their attempts ended because the server did.
     async fn stop_all(mut self) -> Result<()> {
         while self.watched.values().any(Watched::is_alive) {
@@ -336,7 +364,9 @@ impl Scheduler {
         for attempt in live.iter().filter(|attempt| self.watched.contains_key(&attempt.id)) {
             let outcome = match attempt.state {
                 AttemptState::Stopping => AttemptOutcome::Stopped,
-                AttemptState::Starting | AttemptState::Running | AttemptState::Ended => AttemptOutcome::ServerEnded,
+                AttemptState::Starting | AttemptState::Running | AttemptState::Pausing | AttemptState::Ended => {
+                    AttemptOutcome::ServerEnded
+                }
             };
             self.lose(attempt, outcome, "the server ends".to_owned()).await?;
         }

@@ -47,7 +47,7 @@ pub(super) async fn add_job_with_files(jobs: &Jobs, training: FileId, validation
         finished_at_ms: None,
     };
     let mut tx = jobs.store.begin_write().await.expect("a transaction");
-    job::insert(&mut tx, &job, Request { body: &body, idempotency_key: None }).await.expect("a job");
+    job::insert(&mut tx, &job, Request { body: &body, idempotency_key: None, is_retry: false }).await.expect("a job");
     tx.commit().await.expect("a commit");
     id
 }

@@ -177,6 +177,21 @@ pub async fn set_stopping(conn: &mut SqliteConnection, job_id: JobId) -> Result<
     Ok(id)
 }
 
+/// Tells live attempts to stop, those that train with a checkpoint; of one job, or of all.
+///
+/// # Errors
+/// The database failed.
+pub async fn set_pausing(conn: &mut SqliteConnection, job_id: Option<JobId>) -> Result<()> {
+    sqlx::query!(
+        "update attempt set state = case task when 'train' then 'pausing' else 'stopping' end
+          where (?1 is null or job_id = ?1) and state in ('starting', 'running')",
+        job_id,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// Ends an attempt; `false`: it had ended before, and keeps its outcome.
 ///
 /// # Errors

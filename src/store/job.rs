@@ -60,6 +60,8 @@ pub struct Request<'a> {
     pub body: &'a str,
     /// Its `Idempotency-Key`: the same key and body are the same job.
     pub idempotency_key: Option<&'a str>,
+    /// The client says that it sent it before.
+    pub is_retry: bool,
 }
 
 /// Adds a job, with the request that asked for it.
@@ -70,8 +72,8 @@ pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: Request<'_>
     let spec = to_json("job.spec", &job.spec)?;
     sqlx::query!(
         "insert into job (id, owner, status, base_model, request, idempotency_key, spec, training_file_id, validation_file_id,
-                          model_name, created_at_ms)
-         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                          model_name, priority, created_at_ms)
+         values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         job.id,
         job.owner,
         job.status,
@@ -82,6 +84,7 @@ pub async fn insert(conn: &mut SqliteConnection, job: &Job, request: Request<'_>
         job.spec.training_file,
         job.spec.validation_file,
         job.model_name,
+        job.spec.priority,
         job.created_at_ms,
     )
     .execute(conn)
@@ -150,6 +153,23 @@ pub async fn by_idempotency_key(
     .fetch_optional(conn)
     .await?;
     Ok(row.map(|row| (row.id, row.request)))
+}
+
+/// This owner's newest job that the same body asked for since then.
+///
+/// # Errors
+/// The database failed.
+pub async fn by_body(conn: &mut SqliteConnection, owner: &str, body: &str, since_ms: i64) -> Result<Option<JobId>> {
+    let id = sqlx::query_scalar!(
+        r#"select id as "id: JobId" from job
+            where owner = ? and created_at_ms >= ? and request = ? order by created_at_ms desc limit 1"#,
+        owner,
+        since_ms,
+        body,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(id)
 }
 
 /// Which jobs a list shows.
@@ -245,7 +265,7 @@ pub async fn models(conn: &mut SqliteConnection, owner: &str) -> Result<Vec<Mode
     Ok(models)
 }
 
-/// The oldest job whose data set has to be read and that no attempt works for.
+/// The next job whose data set has to be read and that no attempt works for: by priority, then the oldest.
 ///
 /// # Errors
 /// The database failed.
@@ -258,14 +278,14 @@ pub async fn next_to_validate(conn: &mut SqliteConnection) -> Result<Option<Job>
              from job
             where status = 'validating_files'
               and not exists (select 1 from attempt where attempt.job_id = job.id and attempt.state <> 'ended')
-            order by id limit 1"#,
+            order by priority desc, id limit 1"#,
     )
     .fetch_optional(conn)
     .await?;
     row.map(Job::try_from).transpose()
 }
 
-/// The next job to train: one that was interrupted before one that waits, then the oldest.
+/// The next job to train: one that was interrupted before one that waits, then by priority, then the oldest.
 ///
 /// # Errors
 /// The database failed.
@@ -278,7 +298,7 @@ pub async fn next_to_train(conn: &mut SqliteConnection) -> Result<Option<Job>> {
              from job
             where status in ('running', 'queued')
               and not exists (select 1 from attempt where attempt.job_id = job.id and attempt.state <> 'ended')
-            order by status desc, id limit 1"#,
+            order by status desc, priority desc, id limit 1"#,
     )
     .fetch_optional(conn)
     .await?;

@@ -20,7 +20,9 @@ text_enum! {
         Starting = "starting",
         /// The worker has fetched its task.
         Running = "running",
-        /// The worker was told to stop.
+        /// The worker was told to end its step, hand in a checkpoint, and stop.
+        Pausing = "pausing",
+        /// The worker was told to stop at once.
         Stopping = "stopping",
         /// The process is gone, or has said its last word.
         Ended = "ended",

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::ids::{EventId, FileId, JobId};
+use super::job::Status;
 use super::metric::Metric;
 use super::text::text_enum;
 
@@ -116,6 +117,16 @@ impl NewEvent {
     /// The job cannot be done.
     pub fn failed(reason: &str) -> Self {
         Self::message(Level::Error, format!("The job failed: {reason}"))
+    }
+
+    /// The caller put the job aside.
+    pub fn paused() -> Self {
+        Self::message(Level::Info, "The job was paused".into())
+    }
+
+    /// The caller took the job up again.
+    pub fn resumed(status: Status) -> Self {
+        Self::message(Level::Info, format!("The job was resumed, moving it to {status} state"))
     }
 
     /// The caller does not want the job any more.

@@ -234,7 +234,7 @@ pub struct JobRequest {
     pub quantization: Option<String>,
     /// The data set.
     pub dataset: Option<DatasetFields>,
-    /// Must be 0: priorities are not supported yet.
+    /// -1000 to 1000, default 0: of jobs that wait, higher ones are trained first, then older ones.
     pub priority: Option<i64>,
     /// The training loop.
     pub training: Option<TrainingFields>,

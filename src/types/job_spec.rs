@@ -1,5 +1,7 @@
 //! A job specification: a request that was checked once, so that nothing behind it checks again.
 
+use std::ops::RangeInclusive;
+
 use lorad_engine::spec::{DatasetOptions, LoraOptions, LoraSpec, TrainOptions, TrainSpec, TrainingOptions};
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +11,9 @@ use super::job::Metadata;
 use super::job_request::{
     AutoOr, DatasetFields, HyperparametersRequest, JobRequest, LoraFields, MethodRequest, TrainingFields,
 };
+
+/// Priorities that a job may have.
+const PRIORITIES: RangeInclusive<i64> = -1000..=1000;
 
 /// A request that cannot be carried out: which field, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,6 +52,9 @@ pub struct JobSpec {
     pub train: TrainSpec,
     /// Files to leave behind.
     pub artifacts: Vec<ArtifactRequest>,
+    /// Higher ones are trained first, then older ones.
+    #[serde(default)]
+    pub priority: i64,
 }
 
 /// The adapter that a training begins with.
@@ -97,6 +105,11 @@ impl JobSpec {
         })?;
         check_validation(validation_file, &train)?;
         let artifacts = artifacts(request.artifacts)?;
+        let priority = request.priority.unwrap_or(0);
+        if !PRIORITIES.contains(&priority) {
+            let message = format!("priority must be from -1000 to 1000, got `{priority}`");
+            return Err(Invalid::new("priority", message));
+        }
         Ok(Self {
             model: request.model,
             training_file,
@@ -107,6 +120,7 @@ impl JobSpec {
             hyperparameters,
             train,
             artifacts,
+            priority,
         })
     }
 }
@@ -157,8 +171,6 @@ fn refuse_unsupported(request: &JobRequest) -> Result<(), Invalid> {
     unsupported("integrations", !integrations.is_empty(), &integrations, "null or empty")?;
     let quantization = request.quantization.as_deref().unwrap_or("auto");
     unsupported("quantization", quantization != "auto", &quantization, "auto")?;
-    let priority = request.priority.unwrap_or(0);
-    unsupported("priority", priority != 0, &priority, "0")?;
     Ok(())
 }
 
@@ -391,7 +403,7 @@ mod tests {
             (json!({"validation_file": "file-1"}), "validation_file"),
             (json!({"integrations": [{"type": "wandb"}]}), "integrations"),
             (json!({"quantization": "nf4"}), "quantization"),
-            (json!({"priority": 1}), "priority"),
+            (json!({"priority": 1001}), "priority"),
             (json!({"suffix": "a:b"}), "suffix"),
             (json!({"suffix": ""}), "suffix"),
             (json!({"seed": -1}), "seed"),

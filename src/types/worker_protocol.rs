@@ -1,4 +1,4 @@
-//! What a worker and the server say to each other, version 2.
+//! What a worker and the server say to each other, version 3.
 //!
 //! Every request carries `Authorization: Bearer <attempt token>` and [`VERSION_HEADER`]. The task and everything about it
 //! hang on the token, so no path names a job. A repeated request changes nothing. Once the attempt has ended, or its job
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
-use super::attempt::TaskKind;
+use super::attempt::{AttemptState, TaskKind};
 use super::event::{EventType, Level};
 use super::ids::{ArtifactId, AttemptId, FileId, JobId};
 use super::metric::Metric;
 
 /// The version that this build speaks.
-pub const VERSION: &str = "2";
+pub const VERSION: &str = "3";
 /// The header that carries it.
 pub const VERSION_HEADER: &str = "lorad-worker-protocol";
 /// The error code of a request that comes too late.
@@ -31,9 +31,9 @@ pub const VALIDATION_FILE_PATH: &str = "/internal/v1/worker/validation_file";
 pub const INIT_FROM_PATH: &str = "/internal/v1/worker/init_from";
 /// `GET`: the bytes of the checkpoint to resume from.
 pub const CHECKPOINT_PATH: &str = "/internal/v1/worker/checkpoint";
-/// `POST` [`Heartbeat`]: [`HeartbeatReply`].
+/// `POST` [`Heartbeat`]: [`Reply`].
 pub const HEARTBEAT_PATH: &str = "/internal/v1/worker/heartbeat";
-/// `POST` [`Events`].
+/// `POST` [`Events`]: [`Reply`].
 pub const EVENTS_PATH: &str = "/internal/v1/worker/events";
 /// `PUT` the bytes of a checkpoint, with [`CheckpointQuery`].
 pub const CHECKPOINTS_PATH: &str = "/internal/v1/worker/checkpoints";
@@ -135,13 +135,26 @@ pub struct Heartbeat {
 pub enum Action {
     /// Go on.
     Continue,
+    /// End the step, hand in a checkpoint, and stop; without a step to end, stop at once.
+    Pause,
     /// Stop: nobody wants the result any more.
     Stop,
 }
 
-/// The answer to a [`Heartbeat`]: the lease is renewed.
+impl Action {
+    /// What the worker of an attempt is to do that is so far.
+    pub fn of(state: AttemptState) -> Self {
+        match state {
+            AttemptState::Starting | AttemptState::Running => Self::Continue,
+            AttemptState::Pausing => Self::Pause,
+            AttemptState::Stopping | AttemptState::Ended => Self::Stop,
+        }
+    }
+}
+
+/// The answer to a [`Heartbeat`], which renews the lease, and to [`Events`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HeartbeatReply {
+pub struct Reply {
     /// What to do.
     pub action: Action,
 }

@@ -12,16 +12,14 @@ mod task;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
 use secrecy::SecretString;
 
 use crate::hub::{self, Hub};
-use crate::types::worker_protocol::{
-    Action, FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, HeartbeatReply, TASK_PATH, Task,
-};
+use crate::types::worker_protocol::{Action, FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, Reply, TASK_PATH, Task};
 use client::{Client, Error};
 
 /// What `lorad worker` is told on its command line; the token comes on stdin.
@@ -52,6 +50,36 @@ impl Progress {
 
     fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Whether the server wants the training to end after its step, and whether there is one; the engine's thread asks between steps.
+#[derive(Debug, Clone, Default)]
+struct Pause(Arc<PauseState>);
+
+#[derive(Debug, Default)]
+struct PauseState {
+    wanted: AtomicBool,
+    training: AtomicBool,
+}
+
+impl Pause {
+    /// Takes note of what the server said; `true`: it wants a pause, and no step is there to be ended.
+    fn told(&self, action: Action) -> bool {
+        let wanted = action == Action::Pause;
+        if wanted {
+            self.0.wanted.store(true, Ordering::Relaxed);
+        }
+        wanted && !self.0.training.load(Ordering::Relaxed)
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.0.wanted.load(Ordering::Relaxed)
+    }
+
+    /// Steps begin, or are over.
+    fn set_training(&self, training: bool) {
+        self.0.training.store(training, Ordering::Relaxed);
     }
 }
 
@@ -97,9 +125,10 @@ async fn attempt(client: Client, progress: Progress, options: &Options) -> Resul
         offline: hub::offline(),
     })
     .with_progress(move || downloaded.made());
+    let pause = Pause::default();
     let finish = tokio::select! {
-        finish = task::perform(&client, &task, hub, &options.scratch, progress.clone()) => finish?,
-        stopped = heartbeats(&client, &task, &progress) => {
+        finish = task::perform(&client, &task, hub, &options.scratch, (progress.clone(), pause.clone())) => finish?,
+        stopped = heartbeats(&client, &task, &progress, &pause) => {
             stopped?;
             Finish::Stopped
         }
@@ -113,15 +142,15 @@ async fn attempt(client: Client, progress: Progress, options: &Options) -> Resul
     Ok(())
 }
 
-/// Sends heartbeats until the server says stop.
-async fn heartbeats(client: &Client, task: &Task, progress: &Progress) -> Result<(), Error> {
+/// Sends heartbeats until the server says stop, or wants a pause where no step is to be ended.
+async fn heartbeats(client: &Client, task: &Task, progress: &Progress, pause: &Pause) -> Result<(), Error> {
     let mut beat = tokio::time::interval(Duration::from_secs(task.heartbeat_seconds.max(1)));
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         beat.tick().await;
         let heartbeat = Heartbeat { progress: Some(progress.count()) };
-        let reply: HeartbeatReply = client.renew(HEARTBEAT_PATH, &heartbeat).await?;
-        if reply.action == Action::Stop {
+        let reply: Reply = client.renew(HEARTBEAT_PATH, &heartbeat).await?;
+        if reply.action == Action::Stop || pause.told(reply.action) {
             return Ok(());
         }
     }

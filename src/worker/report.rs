@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use tokio::sync::mpsc::Receiver;
 
+use super::Pause;
 use super::client::{Client, Error};
 use crate::hub;
 use crate::types::artifact::{ArtifactRequest, Parity};
 use crate::types::metric::Metric;
 use crate::types::worker_protocol::{
-    ARTIFACTS_PATH, ArtifactQuery, CHECKPOINTS_PATH, CheckpointQuery, EVENTS_PATH, Events,
+    ARTIFACTS_PATH, ArtifactQuery, CHECKPOINTS_PATH, CheckpointQuery, EVENTS_PATH, Events, Reply,
 };
 
 /// Reports that may wait.
@@ -47,8 +48,8 @@ pub(super) enum Report {
     },
 }
 
-/// Sends everything that comes until the engine's side is dropped.
-pub(super) async fn forward(client: Client, mut inbox: Receiver<Report>) -> Result<(), Error> {
+/// Sends everything that comes until the engine's side is dropped, and takes note of it if the server wants a pause.
+pub(super) async fn forward(client: Client, mut inbox: Receiver<Report>, pause: Pause) -> Result<(), Error> {
     let mut waiting = Vec::with_capacity(CAPACITY);
     while inbox.recv_many(&mut waiting, CAPACITY).await > 0 {
         let mut steps = Events::default();
@@ -56,13 +57,13 @@ pub(super) async fn forward(client: Client, mut inbox: Receiver<Report>) -> Resu
             match report {
                 Report::Step(metric) => steps.metrics.push(metric),
                 Report::Checkpoint { path, step, listed } => {
-                    send(&client, &mut steps).await?;
+                    send(&client, &mut steps, &pause).await?;
                     let query = CheckpointQuery { step, listed, sha256: hash(&path).await? };
                     client.upload(CHECKPOINTS_PATH, &query, &path).await?;
                     remove(&path)?;
                 }
                 Report::Artifact { path, request, filename, parity } => {
-                    send(&client, &mut steps).await?;
+                    send(&client, &mut steps, &pause).await?;
                     let ArtifactRequest { kind, quantization } = request;
                     let (sha256, parity) = (hash(&path).await?, Some(parity.to_string()));
                     let query = ArtifactQuery { kind, quantization, filename, sha256, parity };
@@ -71,15 +72,16 @@ pub(super) async fn forward(client: Client, mut inbox: Receiver<Report>) -> Resu
                 }
             }
         }
-        send(&client, &mut steps).await?;
+        send(&client, &mut steps, &pause).await?;
     }
     Ok(())
 }
 
-async fn send(client: &Client, events: &mut Events) -> Result<(), Error> {
+async fn send(client: &Client, events: &mut Events, pause: &Pause) -> Result<(), Error> {
     let events = std::mem::take(events);
     if !events.metrics.is_empty() {
-        client.post::<_, serde_json::Value>(EVENTS_PATH, &events).await?;
+        let reply: Reply = client.post(EVENTS_PATH, &events).await?;
+        pause.told(reply.action);
     }
     Ok(())
 }

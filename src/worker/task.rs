@@ -14,11 +14,11 @@ use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Best, Checkpoint, Outcome, Start, StepMetrics, TrainEvent};
 use tokio::sync::{mpsc, oneshot};
 
-use super::Progress;
 use super::artifacts::{self, Made, Trained};
 use super::client::{Client, Error};
 use super::failure::{self, Fault, Ours};
 use super::report::{self, Report};
+use super::{Pause, Progress};
 use crate::hub::{self, BaseModel, Hub};
 use crate::memory::Bound;
 use crate::types::attempt::TaskKind;
@@ -41,7 +41,7 @@ pub(super) async fn perform(
     task: &Task,
     hub: Hub,
     scratch: &Path,
-    progress: Progress,
+    (progress, pause): (Progress, Pause),
 ) -> Result<Finish, Error> {
     let base = match fetch_base(hub, &task.base_model.name, FIRST_PAUSE, &progress).await? {
         Ok(base) => base.path,
@@ -57,7 +57,7 @@ pub(super) async fn perform(
     let inputs = Inputs { base, training_file, validation_file, scratch, task: task.clone() };
     match task.kind {
         TaskKind::Validate => validate(inputs, progress).await,
-        TaskKind::Train => train(client, inputs, progress).await,
+        TaskKind::Train => train(client, inputs, (progress, pause)).await,
     }
 }
 
@@ -150,7 +150,7 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
     })
 }
 
-async fn train(client: &Client, inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
+async fn train(client: &Client, inputs: Inputs, (progress, pause): (Progress, Pause)) -> Result<Finish, Error> {
     let checkpoint = match &inputs.task.resume {
         None => None,
         Some(resume) => {
@@ -165,10 +165,13 @@ async fn train(client: &Client, inputs: Inputs, progress: Progress) -> Result<Fi
     let begin = Begin { checkpoint, init_from };
     let ours = inputs.ours();
     let (outbox, inbox) = mpsc::channel(report::CAPACITY);
-    let engine = async { Ok(on_engine_thread(move || train_and_export(&inputs, begin, &outbox, &progress)).await?) };
-    let (trained, ()) = tokio::try_join!(engine, report::forward(client.clone(), inbox))?;
+    let asked = pause.clone();
+    let engine =
+        async { Ok(on_engine_thread(move || train_and_export(&inputs, begin, &outbox, (&progress, &asked))).await?) };
+    let (trained, ()) = tokio::try_join!(engine, report::forward(client.clone(), inbox, pause))?;
     Ok(match trained {
-        Ok((trained_tokens, events)) => Finish::Succeeded { trained_tokens: Some(trained_tokens), events },
+        Ok(None) => Finish::Stopped,
+        Ok(Some((trained_tokens, events))) => Finish::Succeeded { trained_tokens: Some(trained_tokens), events },
         Err(fault) => failure::of_engine(fault, &ours)?,
     })
 }
@@ -180,13 +183,13 @@ struct Begin {
 }
 
 /// Everything of a training that happens on the engine's thread; returns the tokens that had a loss, and what the owner should
-/// know at the end.
+/// know at the end. `None`: it was broken off after a step, with a checkpoint.
 fn train_and_export(
     inputs: &Inputs,
     begin: Begin,
     outbox: &mpsc::Sender<Report>,
-    progress: &Progress,
-) -> Result<(i64, Vec<WorkerEvent>), Fault> {
+    (progress, pause): (&Progress, &Pause),
+) -> Result<Option<(i64, Vec<WorkerEvent>)>, Fault> {
     let task = &inputs.task;
     let (base, llama, tokenizer) = inputs.load_model(progress)?;
     let context_length = llama.config().context_length;
@@ -208,6 +211,7 @@ fn train_and_export(
         let report = match event {
             TrainEvent::Started { total_steps, resumed_from, .. } => {
                 tracing::info!(total_steps, resumed_from, "training");
+                pause.set_training(true);
                 return ControlFlow::Continue(());
             }
             TrainEvent::Evaluating { .. } => return ControlFlow::Continue(()),
@@ -225,24 +229,29 @@ fn train_and_export(
                 Report::Checkpoint { path, step, listed }
             }
         };
-        send(outbox, report)
+        let sent = send(outbox, report);
+        if pause.is_wanted() { ControlFlow::Break(()) } else { sent }
     };
     let checkpoint_interval = Some(Duration::from_secs(task.checkpoint_seconds));
     let start =
         Start { resume, init_from, validation: validation.as_ref(), memory_budget_bytes: None, checkpoint_interval };
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
-    if outcome.completed {
-        let (base, model, tokenizer, report) = (&base, &llama, &tokenizer, &dataset.report);
-        let trained = Trained { base, model, tokenizer, outcome: &outcome, report, train_loss };
-        for Made { request, path, parity } in trained.make_artifacts(task, &inputs.scratch, progress)? {
-            let filename = artifacts::filename(&task.model_name, &request);
-            if send(outbox, Report::Artifact { path, request, filename, parity }).is_break() {
-                break;
-            }
+    pause.set_training(false);
+    if !outcome.completed {
+        tracing::info!(step = outcome.step, "paused");
+        return Ok(None);
+    }
+    let (base, model, tokenizer, report) = (&base, &llama, &tokenizer, &dataset.report);
+    let trained = Trained { base, model, tokenizer, outcome: &outcome, report, train_loss };
+    for Made { request, path, parity } in trained.make_artifacts(task, &inputs.scratch, progress)? {
+        let filename = artifacts::filename(&task.model_name, &request);
+        if send(outbox, Report::Artifact { path, request, filename, parity }).is_break() {
+            break;
         }
     }
-    Ok((outcome.trained_tokens.cast_signed(), outcome.best.map(|best| best_of(&outcome, best)).into_iter().collect()))
+    let events = outcome.best.map(|best| best_of(&outcome, best)).into_iter().collect();
+    Ok(Some((outcome.trained_tokens.cast_signed(), events)))
 }
 
 /// Tells which evaluation's adapter is the result of a training with early stopping.

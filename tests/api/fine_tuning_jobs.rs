@@ -40,7 +40,7 @@ async fn a_job_goes_from_validation_to_success() {
     assert_eq!(job["result_files"].as_array().map(Vec::len), Some(1));
 
     let late = error(app.post_empty(&format!("{path}/cancel")).await, StatusCode::BAD_REQUEST).await;
-    assert_eq!(late["code"], "not_cancellable");
+    assert_eq!(late["code"], "job_has_ended");
 }
 
 #[tokio::test]

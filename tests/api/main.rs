@@ -10,4 +10,5 @@ mod files;
 mod fine_tuning_jobs;
 mod models;
 mod openapi;
+mod queue;
 mod worker_protocol;

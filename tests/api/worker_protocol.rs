@@ -109,7 +109,7 @@ async fn a_wrong_token_or_another_version_is_refused() {
     refused(&wrong, Method::GET, "task", json!({}), StatusCode::UNAUTHORIZED).await;
     let response = worker.request_in_version(Method::GET, "task", "1").send().await.expect("an answer");
     let error = error(response, StatusCode::BAD_REQUEST).await;
-    assert!(text(&error["message"]).contains("protocol 2"), "{error}");
+    assert!(text(&error["message"]).contains("protocol 3"), "{error}");
 }
 
 #[tokio::test]

@@ -65,7 +65,7 @@ impl Home {
         self.folder.path().join("data")
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
     }
 
@@ -156,6 +156,18 @@ impl Home {
     /// Attempts made so far, by their logs.
     pub(crate) fn attempts(&self) -> usize {
         fs::read_dir(self.data().join("logs")).map_or(0, Iterator::count)
+    }
+
+    /// The step after which the newest training went on, as its log tells.
+    pub(crate) fn resumed_from(&self) -> u32 {
+        let logs = fs::read_dir(self.data().join("logs")).expect("a folder of logs");
+        // Ids of attempts sort by age.
+        let mut logs: Vec<PathBuf> = logs.flatten().map(|log| log.path()).collect();
+        logs.sort();
+        let newest = logs.last().expect("a log");
+        let log = fs::read_to_string(newest).expect("a log");
+        let step = log.split("resumed_from=").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        step.unwrap_or_else(|| panic!("{}: no word of a resumption in {log}", newest.display()))
     }
 
     fn url(&self, path: &str) -> String {
