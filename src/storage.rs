@@ -20,7 +20,7 @@ use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 
-use crate::types::ids::{ArtifactId, CheckpointId, FileId, JobId};
+use crate::types::ids::{ArtifactId, CheckpointId, FileId, JobId, PartId, UploadId};
 
 /// Bytes of one part of an upload; a smaller object is written in one go.
 const PART_BYTES: usize = 8 << 20;
@@ -80,11 +80,16 @@ pub struct Storage {
 }
 
 /// The folders that all keys are in.
-pub const FOLDERS: [&str; 2] = ["files", "jobs"];
+pub const FOLDERS: [&str; 3] = ["files", "jobs", "uploads"];
 
 /// Key of an uploaded file or result file.
 pub fn file_key(file_id: &str) -> String {
     format!("files/{file_id}")
+}
+
+/// Key of a part of an upload.
+pub fn upload_part_key(upload_id: &str, part_id: &str) -> String {
+    format!("uploads/{upload_id}/parts/{part_id}")
 }
 
 /// Key of a checkpoint.
@@ -102,6 +107,7 @@ pub fn is_key(key: &str) -> bool {
     let parts: Vec<&str> = key.split('/').collect();
     match parts[..] {
         ["files", file] => file.parse::<FileId>().is_ok(),
+        ["uploads", upload, "parts", part] => upload.parse::<UploadId>().is_ok() && part.parse::<PartId>().is_ok(),
         ["jobs", job, "checkpoints", checkpoint] => {
             job.parse::<JobId>().is_ok() && checkpoint.parse::<CheckpointId>().is_ok()
         }

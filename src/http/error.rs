@@ -102,6 +102,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, format!("No such File object: {id}")).param("id")
     }
 
+    /// An upload that this owner does not have.
+    pub(super) fn no_such_upload(id: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, format!("No such Upload object: {id}")).param("upload_id")
+    }
+
     /// A job that this owner does not have.
     pub(super) fn no_such_job(id: &str) -> Self {
         let message = format!("Could not find fine tune: {id}");
@@ -205,6 +210,8 @@ impl From<jobs::Error> for ApiError {
         let message = error.to_string();
         match error {
             jobs::Error::NoSuchFile(id) => Self::no_such_file(&id),
+            jobs::Error::NoSuchUpload(id) => Self::no_such_upload(&id),
+            jobs::Error::Upload { param, .. } => Self::bad_request(param, message),
             jobs::Error::NoSuchTrainingFile(_) => Self::bad_request("training_file", message),
             jobs::Error::NoSuchValidationFile(_) => Self::bad_request("validation_file", message),
             jobs::Error::WrongPurpose { field, .. } => Self::bad_request(field, message),

@@ -154,17 +154,31 @@ async fn read_form(app: &App, mut multipart: Multipart, form: &mut Form) -> Resu
 }
 
 async fn store_field(app: &App, field: Field<'_>) -> Result<(FileId, String, Stored)> {
-    let filename = field.file_name().unwrap_or_default().to_owned();
-    // Only the last part of a path: some clients send the whole.
-    let filename = filename.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
-    let printable = !filename.chars().any(char::is_control);
-    if filename.is_empty() || filename.len() > MAX_FILENAME_BYTES || !printable {
-        let message = format!("file must have a name of 1 to {MAX_FILENAME_BYTES} printable bytes, got `{filename}`");
-        return Err(ApiError::bad_request("file", message));
-    }
+    let filename = check_filename("file", field.file_name().unwrap_or_default())?;
     let id = FileId::new();
     let stored = app.jobs.storage.put(&file_key(&id.to_string()), field, Some(app.max_upload_bytes)).await?;
     Ok((id, filename, stored))
+}
+
+/// The name of a file; of a path only the last part, since some clients send the whole.
+pub(super) fn check_filename(field: &str, path: &str) -> Result<String> {
+    let filename = path.rsplit(['/', '\\']).next().unwrap_or_default();
+    let printable = !filename.chars().any(char::is_control);
+    if filename.is_empty() || filename.len() > MAX_FILENAME_BYTES || !printable {
+        let right = format!("a name of 1 to {MAX_FILENAME_BYTES} printable bytes");
+        return Err(ApiError::bad_request(field, format!("{field} must have {right}, got `{filename}`")));
+    }
+    Ok(filename.to_owned())
+}
+
+/// A purpose that a caller may give a file.
+pub(super) fn check_purpose(purpose: &str) -> Result<Purpose> {
+    let known = purpose.parse::<Purpose>().ok().filter(|purpose| purpose.may_be_uploaded());
+    known.ok_or_else(|| {
+        let right = Purpose::ALL.iter().filter(|purpose| purpose.may_be_uploaded()).map(|purpose| purpose.as_str());
+        let right = right.collect::<Vec<_>>().join(", ");
+        ApiError::bad_request("purpose", format!("purpose must be one of {right}, got `{purpose}`"))
+    })
 }
 
 async fn read_text(name: &str, mut field: Field<'_>) -> Result<String> {
@@ -178,7 +192,7 @@ async fn read_text(name: &str, mut field: Field<'_>) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| ApiError::bad_request(name, format!("{name} is not UTF-8 text")))
 }
 
-fn broken_form(error: axum::extract::multipart::MultipartError) -> ApiError {
+pub(super) fn broken_form(error: axum::extract::multipart::MultipartError) -> ApiError {
     ApiError::bad_body(format!("the form cannot be read: {}", error.body_text()))
 }
 
@@ -186,14 +200,11 @@ fn form_to_file(form: &Form) -> Result<File> {
     let missing = |name: &str| ApiError::bad_request(name, format!("the form has no field `{name}`"));
     let purpose = form.purpose.as_deref().ok_or_else(|| missing("purpose"))?;
     let (id, filename, stored) = form.file.as_ref().ok_or_else(|| missing("file"))?;
-    let known = purpose.parse::<Purpose>().ok().filter(|purpose| purpose.may_be_uploaded());
-    let purpose = known.ok_or_else(|| {
-        let right = Purpose::ALL.iter().filter(|purpose| purpose.may_be_uploaded()).map(|purpose| purpose.as_str());
-        let right = right.collect::<Vec<_>>().join(", ");
-        ApiError::bad_request("purpose", format!("purpose must be one of {right}, got `{purpose}`"))
-    })?;
+    let purpose = check_purpose(purpose)?;
     let created_at_ms = now_ms();
-    let expires_at_ms = expires_after(form)?.map(|seconds| created_at_ms + seconds * 1000);
+    let names = ("expires_after[anchor]", "expires_after[seconds]");
+    let expires_at_ms = expires_after(names, form.anchor.as_deref(), form.seconds.as_deref())?
+        .map(|seconds| created_at_ms + seconds * 1000);
     Ok(File {
         id: *id,
         owner: DEFAULT_OWNER.into(),
@@ -208,21 +219,25 @@ fn form_to_file(form: &Form) -> Result<File> {
     })
 }
 
-fn expires_after(form: &Form) -> Result<Option<i64>> {
-    const ANCHOR: &str = "expires_after[anchor]";
-    const SECONDS: &str = "expires_after[seconds]";
-    let anchor = form.anchor.as_deref();
+/// Seconds after which a file may be removed, from the two fields of those names.
+pub(super) fn expires_after(
+    (anchor_name, seconds_name): (&str, &str),
+    anchor: Option<&str>,
+    seconds: Option<&str>,
+) -> Result<Option<i64>> {
     if let Some(anchor) = anchor.filter(|anchor| *anchor != "created_at") {
-        return Err(ApiError::bad_request(ANCHOR, format!("{ANCHOR} must be created_at, got `{anchor}`")));
+        return Err(ApiError::bad_request(anchor_name, format!("{anchor_name} must be created_at, got `{anchor}`")));
     }
-    match (anchor, form.seconds.as_deref()) {
+    match (anchor, seconds) {
         (None, None) => Ok(None),
-        (None, Some(_)) => Err(ApiError::bad_request(ANCHOR, format!("{ANCHOR} must be given with {SECONDS}"))),
+        (None, Some(_)) => {
+            Err(ApiError::bad_request(anchor_name, format!("{anchor_name} must be given with {seconds_name}")))
+        }
         (Some(_), seconds) => {
             let seconds = seconds.unwrap_or_default();
             let number = seconds.parse().ok().filter(|seconds| (3600..=2_592_000).contains(seconds));
-            let message = || format!("{SECONDS} must be from 3600 to 2592000, got `{seconds}`");
-            number.map(Some).ok_or_else(|| ApiError::bad_request(SECONDS, message()))
+            let message = || format!("{seconds_name} must be from 3600 to 2592000, got `{seconds}`");
+            number.map(Some).ok_or_else(|| ApiError::bad_request(seconds_name, message()))
         }
     }
 }

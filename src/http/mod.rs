@@ -13,6 +13,7 @@ mod list;
 mod models;
 pub mod openapi;
 mod request;
+mod uploads;
 mod worker_api;
 
 use std::any::Any;
@@ -77,11 +78,15 @@ fn described() -> OpenApiRouter<App> {
     let unhurried = OpenApiRouter::new()
         .routes(routes!(files::upload))
         .routes(routes!(files::content))
+        .routes(routes!(uploads::add_part))
+        .routes(routes!(uploads::complete))
         .routes(routes!(artifacts::content))
         .routes(routes!(job_events::list))
         .layer(DefaultBodyLimit::disable());
     let quick = OpenApiRouter::new()
         .routes(routes!(files::list))
+        .routes(routes!(uploads::create))
+        .routes(routes!(uploads::cancel))
         .routes(routes!(files::retrieve, files::delete))
         .routes(routes!(fine_tuning_jobs::list, fine_tuning_jobs::create))
         .routes(routes!(fine_tuning_jobs::retrieve))

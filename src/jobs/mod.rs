@@ -19,6 +19,7 @@ pub mod scheduler;
 pub mod sweep;
 #[cfg(test)]
 mod testing;
+pub mod uploads;
 
 use std::sync::Arc;
 
@@ -43,6 +44,17 @@ pub enum Error {
     /// The file that a job is to evaluate is not there.
     #[error("validation_file `{0}` does not exist")]
     NoSuchValidationFile(FileId),
+    /// This owner has no such upload.
+    #[error("No such Upload object: {0}")]
+    NoSuchUpload(String),
+    /// An upload cannot go on like that.
+    #[error("{message}")]
+    Upload {
+        /// The request's field.
+        param: &'static str,
+        /// Names the field and the value, and what would be right.
+        message: String,
+    },
     /// No adapter has this id, and no finished model with an adapter this name.
     #[error(
         "lora.init_from must be the id of an adapter artifact or the name of a fine-tuned model with one, got `{0}`"

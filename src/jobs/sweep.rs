@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::launcher::Launcher;
-use super::{Jobs, Result};
+use super::{Jobs, Result, uploads};
 use crate::storage::{FOLDERS, is_key};
 use crate::store;
 use crate::types::now_ms;
@@ -27,6 +27,7 @@ pub async fn run(jobs: Jobs, launcher: Launcher, shutdown: CancellationToken) ->
     while !shutdown.is_cancelled() {
         for (what, removed) in [
             ("files whose time is over", remove_expired(&jobs, now_ms()).await),
+            ("uploads whose time is over", uploads::expire(&jobs, now_ms()).await),
             ("objects that nothing names", sweep(&jobs, AGE).await),
             ("old logs of workers", remove_logs(&jobs, &launcher, LOG_AGE).await),
         ] {

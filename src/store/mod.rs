@@ -8,6 +8,7 @@ pub mod file;
 pub mod job;
 pub mod metric;
 pub mod object;
+pub mod upload;
 
 use std::path::Path;
 use std::time::Duration;

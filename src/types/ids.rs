@@ -59,6 +59,16 @@ id!(
     "file-"
 );
 id!(
+    /// A file that comes in parts.
+    UploadId,
+    "upload_"
+);
+id!(
+    /// A part of it.
+    PartId,
+    "part_"
+);
+id!(
     /// A fine-tuning job.
     JobId,
     "ftjob-"

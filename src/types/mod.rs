@@ -11,6 +11,7 @@ pub mod job_request;
 pub mod job_spec;
 pub mod metric;
 mod text;
+pub mod upload;
 pub mod worker_protocol;
 
 /// Owner of everything while a single key, or none, is configured.

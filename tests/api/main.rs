@@ -11,4 +11,5 @@ mod fine_tuning_jobs;
 mod models;
 mod openapi;
 mod queue;
+mod uploads;
 mod worker_protocol;
