@@ -9,7 +9,9 @@ mod files;
 mod fine_tuning_jobs;
 mod health;
 mod job_events;
+mod job_metrics;
 mod list;
+mod loss_curve;
 mod models;
 pub mod openapi;
 mod request;
@@ -79,6 +81,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(files::content))
         .routes(routes!(artifacts::content))
         .routes(routes!(job_events::list))
+        .routes(routes!(job_metrics::csv))
         .layer(DefaultBodyLimit::disable());
     let quick = OpenApiRouter::new()
         .routes(routes!(files::list))
@@ -87,6 +90,8 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(fine_tuning_jobs::retrieve))
         .routes(routes!(fine_tuning_jobs::cancel))
         .routes(routes!(checkpoints::list))
+        .routes(routes!(job_metrics::list))
+        .routes(routes!(job_metrics::svg))
         .routes(routes!(artifacts::list))
         .routes(routes!(artifacts::retrieve))
         .routes(routes!(models::list))
