@@ -9,6 +9,7 @@ mod files;
 mod fine_tuning_jobs;
 mod health;
 mod job_events;
+mod job_logs;
 mod job_metrics;
 mod list;
 mod loss_curve;
@@ -18,6 +19,7 @@ mod request;
 mod worker_api;
 
 use std::any::Any;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::Router;
@@ -52,11 +54,13 @@ pub struct App {
     max_upload_bytes: u64,
     lease: Duration,
     checkpoint_seconds: u64,
+    /// Where the logs of workers are.
+    logs_dir: PathBuf,
     shutdown: CancellationToken,
 }
 
 impl App {
-    /// The routes' state. Once `shutdown` is cancelled, event streams end and `/readyz` says no.
+    /// The routes' state. Once `shutdown` is cancelled, streams end and `/readyz` says no.
     ///
     /// # Errors
     /// A configuration that would let anybody in.
@@ -68,6 +72,7 @@ impl App {
             max_upload_bytes: config.server.max_upload_bytes,
             lease: config.workers.lease(),
             checkpoint_seconds: u64::from(config.workers.checkpoint_seconds),
+            logs_dir: config.logs_dir(),
             shutdown,
         })
     }
@@ -81,6 +86,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(files::content))
         .routes(routes!(artifacts::content))
         .routes(routes!(job_events::list))
+        .routes(routes!(job_logs::read))
         .routes(routes!(job_metrics::csv))
         .layer(DefaultBodyLimit::disable());
     let quick = OpenApiRouter::new()

@@ -50,6 +50,7 @@ async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
         (&get, job.to_owned()),
         (&post, format!("{job}/cancel")),
         (&get, format!("{job}/artifacts")),
+        (&get, format!("{job}/logs")),
         (&get, format!("{job}/metrics.csv")),
         (&get, format!("{job}/metrics.svg")),
         (&get, "/v1/artifacts/artifact-1".to_owned()),
