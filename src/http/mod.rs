@@ -8,6 +8,7 @@ mod error;
 mod files;
 mod fine_tuning_jobs;
 mod health;
+mod job_deletion;
 mod job_events;
 mod job_logs;
 mod job_metrics;
@@ -93,7 +94,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(files::list))
         .routes(routes!(files::retrieve, files::delete))
         .routes(routes!(fine_tuning_jobs::list, fine_tuning_jobs::create))
-        .routes(routes!(fine_tuning_jobs::retrieve))
+        .routes(routes!(fine_tuning_jobs::retrieve, job_deletion::delete))
         .routes(routes!(fine_tuning_jobs::cancel))
         .routes(routes!(checkpoints::list))
         .routes(routes!(job_metrics::list))

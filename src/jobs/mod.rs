@@ -6,6 +6,7 @@ pub mod cancel;
 pub mod claim;
 pub mod create;
 pub mod delete_file;
+pub mod delete_job;
 pub mod find_adapter;
 pub mod finish_attempt;
 pub mod give_task;
@@ -72,6 +73,14 @@ pub enum Error {
         job: JobId,
         /// Its state.
         status: Status,
+    },
+    /// The job, or something of it, is needed.
+    #[error("job {job} cannot be deleted: {reason}")]
+    NotDeletable {
+        /// The job.
+        job: JobId,
+        /// Who needs it.
+        reason: String,
     },
     /// Another request had this key.
     #[error("Idempotency-Key `{key}` was used for job {job} with another body")]

@@ -138,3 +138,12 @@ pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Metr
     .await?;
     Ok(metrics)
 }
+
+/// Removes the figures of a job.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<()> {
+    sqlx::query!("delete from job_metric where job_id = ?", job_id).execute(conn).await?;
+    Ok(())
+}

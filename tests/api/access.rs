@@ -48,6 +48,7 @@ async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
         (&get, "/v1/fine_tuning/jobs".to_owned()),
         (&post, "/v1/fine_tuning/jobs".to_owned()),
         (&get, job.to_owned()),
+        (&Method::DELETE, job.to_owned()),
         (&post, format!("{job}/cancel")),
         (&get, format!("{job}/artifacts")),
         (&get, format!("{job}/logs")),

@@ -8,6 +8,7 @@ mod artifacts;
 mod events;
 mod files;
 mod fine_tuning_jobs;
+mod job_deletion;
 mod job_logs;
 mod job_metrics;
 mod models;
