@@ -157,7 +157,8 @@ pub(super) async fn create(
     Ok(Json(job.into()))
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
+/// What the header `Idempotency-Key` says.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
     const NAME: &str = "Idempotency-Key";
     let Some(value) = headers.get(NAME) else { return Ok(None) };
     let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));

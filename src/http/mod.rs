@@ -12,6 +12,7 @@ mod job_deletion;
 mod job_events;
 mod job_logs;
 mod job_metrics;
+mod job_rerun;
 mod list;
 mod loss_curve;
 mod models;
@@ -96,6 +97,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(fine_tuning_jobs::list, fine_tuning_jobs::create))
         .routes(routes!(fine_tuning_jobs::retrieve, job_deletion::delete))
         .routes(routes!(fine_tuning_jobs::cancel))
+        .routes(routes!(job_rerun::rerun))
         .routes(routes!(checkpoints::list))
         .routes(routes!(job_metrics::list))
         .routes(routes!(job_metrics::svg))

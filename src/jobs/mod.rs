@@ -14,6 +14,7 @@ pub mod heartbeat;
 pub mod launcher;
 pub mod put_artifact;
 pub mod put_checkpoint;
+pub mod rerun;
 pub mod scheduler;
 pub mod sweep;
 #[cfg(test)]

@@ -50,6 +50,7 @@ async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
         (&get, job.to_owned()),
         (&Method::DELETE, job.to_owned()),
         (&post, format!("{job}/cancel")),
+        (&post, format!("{job}/rerun")),
         (&get, format!("{job}/artifacts")),
         (&get, format!("{job}/logs")),
         (&get, format!("{job}/metrics.csv")),

@@ -11,6 +11,7 @@ mod fine_tuning_jobs;
 mod job_deletion;
 mod job_logs;
 mod job_metrics;
+mod job_rerun;
 mod models;
 mod openapi;
 mod worker_protocol;
