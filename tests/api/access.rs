@@ -38,6 +38,7 @@ async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
     let (get, post) = (Method::GET, Method::POST);
     let job = "/v1/fine_tuning/jobs/ftjob-1";
     for (method, path) in [
+        (&get, "/metrics".to_owned()),
         (&get, "/v1/models".to_owned()),
         (&get, "/v1/models/tiny".to_owned()),
         (&get, "/v1/files".to_owned()),

@@ -14,4 +14,5 @@ mod job_metrics;
 mod job_rerun;
 mod models;
 mod openapi;
+mod server_metrics;
 mod worker_protocol;
