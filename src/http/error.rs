@@ -219,6 +219,7 @@ impl From<jobs::Error> for ApiError {
             jobs::Error::NoSuchJob(id) => Self::no_such_job(&id),
             jobs::Error::FileInUse { .. } => Self::bad_request("id", message).code("file_in_use"),
             jobs::Error::JobHasEnded { .. } => Self::bad_request("fine_tune_id", message).code("job_has_ended"),
+            jobs::Error::NotDeletable { .. } => Self::bad_request("fine_tune_id", message).code("not_deletable"),
             jobs::Error::IdempotencyKeyReused { .. } => Self::bad_request("Idempotency-Key", message),
             jobs::Error::Model(error) => error.into(),
             jobs::Error::AttemptEnded => Self::new(StatusCode::GONE, message).code(ATTEMPT_ENDED),

@@ -157,7 +157,8 @@ pub(super) async fn create(
     Ok(Json(job.into()))
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
+/// What the header `Idempotency-Key` says.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
     const NAME: &str = "Idempotency-Key";
     let Some(value) = headers.get(NAME) else { return Ok(None) };
     let key = value.to_str().ok().filter(|key| (1..=255).contains(&key.len()));
@@ -166,7 +167,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>> {
 }
 
 /// Whether the client says that it sent this request before, as OpenAI's does.
-fn is_retry(headers: &HeaderMap) -> bool {
+pub(super) fn is_retry(headers: &HeaderMap) -> bool {
     let count = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()?.parse::<u32>().ok());
     count.is_some_and(|count| count > 0)
 }

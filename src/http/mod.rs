@@ -8,20 +8,27 @@ mod error;
 mod files;
 mod fine_tuning_jobs;
 mod health;
+mod job_deletion;
 mod job_events;
+mod job_logs;
+mod job_metrics;
+mod job_rerun;
 mod list;
+mod loss_curve;
 mod models;
 pub mod openapi;
 mod request;
+mod server_metrics;
 mod uploads;
 mod worker_api;
 
 use std::any::Any;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -34,6 +41,7 @@ use utoipa_axum::routes;
 
 pub use access::{Access, OpenDoor};
 pub use error::{ErrorBody, ErrorObject};
+use server_metrics::ServerMetrics;
 
 use crate::config::Config;
 use crate::hub::Hub;
@@ -51,11 +59,14 @@ pub struct App {
     max_upload_bytes: u64,
     lease: Duration,
     checkpoint_seconds: u64,
+    /// Where the logs of workers are.
+    logs_dir: PathBuf,
+    metrics: ServerMetrics,
     shutdown: CancellationToken,
 }
 
 impl App {
-    /// The routes' state. Once `shutdown` is cancelled, event streams end and `/readyz` says no.
+    /// The routes' state. Once `shutdown` is cancelled, streams end and `/readyz` says no.
     ///
     /// # Errors
     /// A configuration that would let anybody in.
@@ -67,6 +78,8 @@ impl App {
             max_upload_bytes: config.server.max_upload_bytes,
             lease: config.workers.lease(),
             checkpoint_seconds: u64::from(config.workers.checkpoint_seconds),
+            logs_dir: config.logs_dir(),
+            metrics: ServerMetrics::new(),
             shutdown,
         })
     }
@@ -82,6 +95,8 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(uploads::complete))
         .routes(routes!(artifacts::content))
         .routes(routes!(job_events::list))
+        .routes(routes!(job_logs::read))
+        .routes(routes!(job_metrics::csv))
         .layer(DefaultBodyLimit::disable());
     let quick = OpenApiRouter::new()
         .routes(routes!(files::list))
@@ -89,17 +104,21 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(uploads::cancel))
         .routes(routes!(files::retrieve, files::delete))
         .routes(routes!(fine_tuning_jobs::list, fine_tuning_jobs::create))
-        .routes(routes!(fine_tuning_jobs::retrieve))
+        .routes(routes!(fine_tuning_jobs::retrieve, job_deletion::delete))
         .routes(routes!(fine_tuning_jobs::cancel))
         .routes(routes!(fine_tuning_jobs::pause))
         .routes(routes!(fine_tuning_jobs::resume))
+        .routes(routes!(job_rerun::rerun))
         .routes(routes!(checkpoints::list))
+        .routes(routes!(job_metrics::list))
+        .routes(routes!(job_metrics::svg))
         .routes(routes!(artifacts::list))
         .routes(routes!(artifacts::retrieve))
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve))
         .routes(routes!(health::healthz))
         .routes(routes!(health::readyz))
+        .routes(routes!(server_metrics::metrics))
         .routes(routes!(openapi::json))
         .routes(routes!(openapi::yaml))
         .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, REQUEST_TIMEOUT));
@@ -109,21 +128,22 @@ fn described() -> OpenApiRouter<App> {
 /// The public API.
 pub fn public_router(app: App) -> Router {
     let (router, _) = described().split_for_parts();
-    let access = app.access.clone();
-    around(router.with_state(app).layer(middleware::from_fn_with_state(access, access::guard)))
+    let (access, metrics) = (app.access.clone(), app.metrics.clone());
+    around(router.with_state(app).layer(middleware::from_fn_with_state(access, access::guard)), metrics)
 }
 
 /// The API of the workers, for the listener that is theirs alone.
 pub fn worker_router(app: App) -> Router {
-    around(worker_api::router(app))
+    let metrics = app.metrics.clone();
+    around(worker_api::router(app), metrics)
 }
 
 /// What every request goes through, outermost last.
-fn around(router: Router) -> Router {
+fn around(router: Router, metrics: ServerMetrics) -> Router {
     router
         .layer(middleware::from_fn(envelope))
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn(observe))
+        .layer(middleware::from_fn_with_state(metrics, observe))
 }
 
 /// Puts errors that are not ours (the router's, an extractor's, a timeout's) into the envelope.
@@ -161,16 +181,20 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response<Body> {
     error::ApiError::of_status(StatusCode::INTERNAL_SERVER_ERROR, message).into_response()
 }
 
-/// Gives each request an id, in its answer and in the log.
-async fn observe(request: Request, next: Next) -> Response {
+/// Gives each request an id, in its answer and in the log, and counts it.
+async fn observe(State(metrics): State<ServerMetrics>, request: Request, next: Next) -> Response {
     const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
     let id = format!("req_{}", uuid::Uuid::new_v4().as_simple());
     let span = tracing::info_span!("request", id, method = %request.method(), path = request.uri().path());
+    // What is no route has none: whoever asks for it could make up as many names as there is memory.
+    let route = request.extensions().get::<MatchedPath>().map_or("none".into(), |path| path.as_str().to_owned());
+    let method = request.method().clone();
     let began = std::time::Instant::now();
     async move {
         let mut response = next.run(request).await;
-        let elapsed_ms = began.elapsed().as_millis();
-        tracing::debug!(status = response.status().as_u16(), elapsed_ms, "answered");
+        let elapsed = began.elapsed();
+        metrics.answered(&route, &method, response.status(), elapsed);
+        tracing::debug!(status = response.status().as_u16(), elapsed_ms = elapsed.as_millis(), "answered");
         if let Ok(value) = HeaderValue::from_str(&id) {
             response.headers_mut().insert(X_REQUEST_ID, value);
         }

@@ -2,7 +2,9 @@
 
 use std::str::FromStr;
 
+use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
+use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use bytes::{Bytes, BytesMut};
@@ -99,22 +101,46 @@ impl<S: Send + Sync> FromRequest<S> for JsonBytes {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self> {
-        let content_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
-        let essence = content_type.split(';').next().unwrap_or("").trim();
-        if !essence.eq_ignore_ascii_case("application/json") {
-            return Err(ApiError::unsupported_media_type(content_type));
-        }
-        let mut bytes = BytesMut::new();
-        let mut chunks = request.into_body().into_data_stream();
-        while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(|error| ApiError::bad_body(format!("the body could not be read: {error}")))?;
-            if bytes.len() + chunk.len() > MAX_JSON_BYTES {
-                return Err(ApiError::too_large(MAX_JSON_BYTES as u64));
-            }
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok(Self(bytes.freeze()))
+        check_content_type(request.headers())?;
+        read_json_bytes(request.into_body()).await.map(Self)
     }
+}
+
+/// The bytes of a body that may be absent, which then has no content type or any; one that is there is as [`JsonBytes`].
+#[derive(Debug)]
+pub(super) struct OptionalJsonBytes(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for OptionalJsonBytes {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self> {
+        let (parts, body) = request.into_parts();
+        let bytes = read_json_bytes(body).await?;
+        if !bytes.is_empty() {
+            check_content_type(&parts.headers)?;
+        }
+        Ok(Self(bytes))
+    }
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<()> {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let essence = content_type.split(';').next().unwrap_or("").trim();
+    let is_json = essence.eq_ignore_ascii_case("application/json");
+    if is_json { Ok(()) } else { Err(ApiError::unsupported_media_type(content_type)) }
+}
+
+async fn read_json_bytes(body: Body) -> Result<Bytes> {
+    let mut bytes = BytesMut::new();
+    let mut chunks = body.into_data_stream();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|error| ApiError::bad_body(format!("the body could not be read: {error}")))?;
+        if bytes.len() + chunk.len() > MAX_JSON_BYTES {
+            return Err(ApiError::too_large(MAX_JSON_BYTES as u64));
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes.freeze())
 }
 
 impl JsonBytes {

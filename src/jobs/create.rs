@@ -12,7 +12,7 @@ use crate::types::event::NewEvent;
 use crate::types::file::{File, Purpose};
 use crate::types::ids::JobId;
 use crate::types::job::{Job, Status, model_name};
-use crate::types::job_spec::JobSpec;
+use crate::types::job_spec::{InitFrom, JobSpec};
 use crate::types::now_ms;
 
 /// How long after a request a client may send it again because it got no answer, in milliseconds.
@@ -22,7 +22,7 @@ const RETRIED_WITHIN_MS: i64 = 120_000;
 /// one, gives the job that is there.
 ///
 /// # Errors
-/// No such training file, a file of another purpose, a base model that is known not to be there, a key of another request.
+/// No such file or adapter, a file of another purpose, a base model that is known not to be there, a key of another request.
 pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request: Request<'_>) -> Result<Job> {
     if let Some(job) = repeated(&mut *jobs.store.read().await?, owner, request).await? {
         return Ok(job);
@@ -56,6 +56,11 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
     if let Some(id) = validation_file {
         let file = store::file::find(&mut tx, id, owner, now_ms).await?;
         check_purpose("validation_file", &file.ok_or(Error::NoSuchValidationFile(id))?)?;
+    }
+    if let Some(InitFrom { name, artifact_id, .. }) = &job.spec.init_from
+        && store::artifact::find(&mut tx, *artifact_id, owner).await?.is_none()
+    {
+        return Err(Error::NoSuchAdapter(name.clone()));
     }
     store::job::insert(&mut tx, &job, request).await?;
     store::event::append(&mut tx, job.id, &NewEvent::created(job.id), now_ms).await?;

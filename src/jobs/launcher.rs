@@ -195,7 +195,7 @@ impl Launcher {
 
     /// The log of an attempt.
     pub fn log_path(&self, attempt: AttemptId) -> PathBuf {
-        self.logs_dir.join(format!("{attempt}.log"))
+        log_path(&self.logs_dir, attempt)
     }
 
     fn scratch_of(&self, attempt: AttemptId) -> PathBuf {
@@ -230,6 +230,11 @@ impl ProcessIdentity {
             tracing::debug!(pid = self.pid, %signal, %error, "a process ended before its signal");
         }
     }
+}
+
+/// Where in the folder of logs that of an attempt is.
+pub fn log_path(logs_dir: &Path, attempt: AttemptId) -> PathBuf {
+    logs_dir.join(format!("{attempt}.log"))
 }
 
 /// How a worker ended, in words.

@@ -6,6 +6,7 @@ pub mod cancel;
 pub mod claim;
 pub mod create;
 pub mod delete_file;
+pub mod delete_job;
 pub mod find_adapter;
 pub mod finish_attempt;
 pub mod give_task;
@@ -14,6 +15,7 @@ pub mod launcher;
 pub mod pause;
 pub mod put_artifact;
 pub mod put_checkpoint;
+pub mod rerun;
 pub mod resume;
 pub mod scheduler;
 pub mod sweep;
@@ -88,6 +90,14 @@ pub enum Error {
         done: &'static str,
         /// Its state.
         status: Status,
+    },
+    /// The job, or something of it, is needed.
+    #[error("job {job} cannot be deleted: {reason}")]
+    NotDeletable {
+        /// The job.
+        job: JobId,
+        /// Who needs it.
+        reason: String,
     },
     /// Another request had this key.
     #[error("Idempotency-Key `{key}` was used for job {job} with another body")]

@@ -55,17 +55,24 @@ async fn remove_expired(jobs: &Jobs, now_ms: i64) -> Result<usize> {
     Ok(count)
 }
 
-/// Removes the logs of attempts that ended longer than `age` ago, and counts them.
+/// Removes the logs of attempts that ended longer than `age` ago, or that nobody knows and nobody wrote to for as long (their
+/// job was deleted), and counts them.
 async fn remove_logs(jobs: &Jobs, launcher: &Launcher, age: Duration) -> Result<usize> {
     let ended_before = now_ms() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
     let (logs, listed) = (launcher.clone(), launcher.clone());
     let mut old = Vec::new();
-    for attempt in tokio::task::spawn_blocking(move || listed.logs()).await? {
-        let attempt = store::attempt::find(&mut *jobs.store.read().await?, attempt).await?;
-        old.extend(attempt.filter(|attempt| attempt.ended_at_ms.is_some_and(|ended| ended <= ended_before)));
+    for id in tokio::task::spawn_blocking(move || listed.logs()).await? {
+        let attempt = store::attempt::find(&mut *jobs.store.read().await?, id).await?;
+        let written = async || tokio::fs::metadata(launcher.log_path(id)).await.and_then(|log| log.modified());
+        let is_old = match attempt {
+            Some(attempt) => attempt.ended_at_ms.is_some_and(|ended| ended <= ended_before),
+            // One whose age is not to be had waits for the next sweep.
+            None => written().await.is_ok_and(|written| written.elapsed().is_ok_and(|since| since >= age)),
+        };
+        old.extend(is_old.then_some(id));
     }
     let count = old.len();
-    tokio::task::spawn_blocking(move || old.iter().for_each(|attempt| logs.remove_log(attempt.id))).await?;
+    tokio::task::spawn_blocking(move || old.iter().for_each(|attempt| logs.remove_log(*attempt))).await?;
     Ok(count)
 }
 
@@ -162,7 +169,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_logs_of_ended_attempts_are_removed() {
+    async fn logs_are_removed_but_for_those_of_attempts_that_run() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let jobs = testing::jobs(folder.path()).await;
         let mut config = Config::default();
@@ -184,8 +191,8 @@ mod tests {
         }
 
         assert_eq!(remove_logs(&jobs, &launcher, LOG_AGE).await.expect("a sweep"), 0);
-        assert_eq!(remove_logs(&jobs, &launcher, Duration::ZERO).await.expect("a sweep"), 1);
-        assert!(!launcher.log_path(ended).exists());
-        assert!(launcher.log_path(running).exists() && launcher.log_path(unknown).exists());
+        assert_eq!(remove_logs(&jobs, &launcher, Duration::ZERO).await.expect("a sweep"), 2);
+        assert!(!launcher.log_path(ended).exists() && !launcher.log_path(unknown).exists());
+        assert!(launcher.log_path(running).exists());
     }
 }

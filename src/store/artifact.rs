@@ -77,3 +77,14 @@ pub async fn find(conn: &mut SqliteConnection, id: ArtifactId, owner: &str) -> R
     .await?;
     Ok(artifact)
 }
+
+/// Removes the rows of all artifacts of a job, and tells where their bytes are.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<String>> {
+    let keys = sqlx::query_scalar!("delete from artifact where job_id = ? returning object_key", job_id)
+        .fetch_all(conn)
+        .await?;
+    Ok(keys)
+}

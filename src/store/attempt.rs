@@ -207,3 +207,12 @@ pub async fn end(conn: &mut SqliteConnection, id: AttemptId, outcome: AttemptOut
     .await?;
     Ok(done.rows_affected() == 1)
 }
+
+/// Removes the attempts of a job, after everything that names them.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<()> {
+    sqlx::query!("delete from attempt where job_id = ?", job_id).execute(conn).await?;
+    Ok(())
+}

@@ -188,3 +188,14 @@ pub async fn any_of_attempt(conn: &mut SqliteConnection, attempt_id: AttemptId) 
     .await?;
     Ok(found)
 }
+
+/// Removes the rows of all checkpoints of a job, and tells where their bytes are.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<String>> {
+    let keys = sqlx::query_scalar!("delete from checkpoint where job_id = ? returning object_key", job_id)
+        .fetch_all(conn)
+        .await?;
+    Ok(keys)
+}

@@ -124,3 +124,12 @@ pub async fn seq_of(conn: &mut SqliteConnection, job_id: JobId, id: EventId) -> 
         .await?;
     Ok(seq)
 }
+
+/// Removes the events of a job.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<()> {
+    sqlx::query!("delete from job_event where job_id = ?", job_id).execute(conn).await?;
+    Ok(())
+}

@@ -118,6 +118,18 @@ pub async fn find(conn: &mut SqliteConnection, id: JobId, owner: &str) -> Result
     Ok(get(conn, id).await?.filter(|job| job.owner == owner))
 }
 
+/// The state of the job, if this owner has it: also of one that this build cannot read.
+///
+/// # Errors
+/// The database failed.
+pub async fn status(conn: &mut SqliteConnection, id: JobId, owner: &str) -> Result<Option<Status>> {
+    let status =
+        sqlx::query_scalar!(r#"select status as "status: Status" from job where id = ? and owner = ?"#, id, owner,)
+            .fetch_optional(conn)
+            .await?;
+    Ok(status)
+}
+
 /// This owner's job that made the model of that name.
 ///
 /// # Errors
@@ -400,4 +412,30 @@ pub async fn unfinished_with_file(conn: &mut SqliteConnection, file_id: FileId) 
     .fetch_optional(conn)
     .await?;
     Ok(id)
+}
+
+/// An unfinished job whose training begins with an adapter of this one.
+///
+/// # Errors
+/// The database failed.
+pub async fn unfinished_with_adapter_of(conn: &mut SqliteConnection, id: JobId) -> Result<Option<JobId>> {
+    let id = sqlx::query_scalar!(
+        r#"select id as "id: JobId" from job
+            where status not in ('succeeded', 'failed', 'cancelled')
+              and json_extract(spec, '$.init_from.artifact_id') in (select artifact.id from artifact where artifact.job_id = ?)
+            limit 1"#,
+        id,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(id)
+}
+
+/// Removes a job, after everything that belongs to it.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete(conn: &mut SqliteConnection, id: JobId) -> Result<()> {
+    sqlx::query!("delete from job where id = ?", id).execute(conn).await?;
+    Ok(())
 }

@@ -53,6 +53,75 @@ pub async fn find(conn: &mut SqliteConnection, job_id: JobId, step: i64) -> Resu
     Ok(metric)
 }
 
+/// The figures of a step, and when they were written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dated {
+    /// The figures.
+    pub metric: Metric,
+    /// When they were written.
+    pub created_at_ms: i64,
+}
+
+/// The steps after `step`, in order.
+///
+/// # Errors
+/// The database failed.
+pub async fn newer_than(conn: &mut SqliteConnection, job_id: JobId, step: i64, limit: i64) -> Result<Vec<Dated>> {
+    let rows = sqlx::query!(
+        "select step, total_steps, epoch, train_loss, train_mean_token_accuracy, learning_rate, grad_norm, trained_tokens, step_ms,
+                valid_loss, valid_mean_token_accuracy, created_at_ms
+           from job_metric where job_id = ? and step > ? order by step limit ?",
+        job_id,
+        step,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    let dated = rows.into_iter().map(|row| Dated {
+        metric: Metric {
+            step: row.step,
+            total_steps: row.total_steps,
+            epoch: row.epoch,
+            train_loss: row.train_loss,
+            train_mean_token_accuracy: row.train_mean_token_accuracy,
+            learning_rate: row.learning_rate,
+            grad_norm: row.grad_norm,
+            trained_tokens: row.trained_tokens,
+            step_ms: row.step_ms,
+            valid_loss: row.valid_loss,
+            valid_mean_token_accuracy: row.valid_mean_token_accuracy,
+        },
+        created_at_ms: row.created_at_ms,
+    });
+    Ok(dated.collect())
+}
+
+/// A step's losses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Losses {
+    /// The step.
+    pub step: i64,
+    /// Mean loss of its trained tokens.
+    pub train_loss: f64,
+    /// Mean loss of the whole validation file, where it was evaluated.
+    pub valid_loss: Option<f64>,
+}
+
+/// The losses of every step, in order.
+///
+/// # Errors
+/// The database failed.
+pub async fn losses(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Losses>> {
+    let losses = sqlx::query_as!(
+        Losses,
+        "select step, train_loss, valid_loss from job_metric where job_id = ? order by step",
+        job_id,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(losses)
+}
+
 /// The figures of every step, in order.
 ///
 /// # Errors
@@ -68,4 +137,13 @@ pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Metr
     .fetch_all(conn)
     .await?;
     Ok(metrics)
+}
+
+/// Removes the figures of a job.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result<()> {
+    sqlx::query!("delete from job_metric where job_id = ?", job_id).execute(conn).await?;
+    Ok(())
 }

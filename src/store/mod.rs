@@ -3,6 +3,7 @@
 pub mod artifact;
 pub mod attempt;
 pub mod checkpoint;
+pub mod counts;
 pub mod event;
 pub mod file;
 pub mod job;

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 
 use lorad_engine::spec::{DatasetOptions, LoraOptions, LoraSpec, TrainOptions, TrainSpec, TrainingOptions};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
@@ -74,7 +75,7 @@ impl JobSpec {
     /// # Errors
     /// The first field that is unknown or of the wrong type.
     pub fn adapter_named_in(body: &[u8]) -> Result<Option<String>, Invalid> {
-        Ok(read(body)?.lora.and_then(|lora| lora.init_from))
+        Ok(read::<JobRequest>(body)?.lora.and_then(|lora| lora.init_from))
     }
 
     /// Checks a request's body; `init_from` is what its `lora.init_from` was found to be.
@@ -82,7 +83,7 @@ impl JobSpec {
     /// # Errors
     /// The first field that is unknown, of the wrong type, out of range or not supported.
     pub fn parse(body: &[u8], init_from: Option<InitFrom>) -> Result<Self, Invalid> {
-        let request = read(body)?;
+        let request: JobRequest = read(body)?;
         refuse_unsupported(&request)?;
         if let Some(suffix) = &request.suffix {
             check_suffix(suffix)?;
@@ -125,9 +126,10 @@ impl JobSpec {
     }
 }
 
-fn read(body: &[u8]) -> Result<JobRequest, Invalid> {
+/// Reads a request's body, every part of which its type must know.
+pub(super) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Invalid> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let request: JobRequest = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+    let request: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let inner = error.into_inner();
         if inner.is_data() {
@@ -204,7 +206,7 @@ fn check_validation(validation_file: Option<FileId>, train: &TrainSpec) -> Resul
     }
 }
 
-fn check_suffix(suffix: &str) -> Result<(), Invalid> {
+pub(super) fn check_suffix(suffix: &str) -> Result<(), Invalid> {
     let fits = (1..=64).contains(&suffix.len());
     let plain = suffix.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
     if fits && plain {
@@ -214,7 +216,7 @@ fn check_suffix(suffix: &str) -> Result<(), Invalid> {
     Err(Invalid::new("suffix", message))
 }
 
-fn check_metadata(metadata: &Metadata) -> Result<(), Invalid> {
+pub(super) fn check_metadata(metadata: &Metadata) -> Result<(), Invalid> {
     if metadata.len() > 16 {
         return Err(Invalid::new("metadata", format!("metadata must have at most 16 keys, got `{}`", metadata.len())));
     }

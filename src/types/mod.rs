@@ -10,6 +10,7 @@ pub mod job;
 pub mod job_request;
 pub mod job_spec;
 pub mod metric;
+pub mod rerun_request;
 mod text;
 pub mod upload;
 pub mod worker_protocol;

@@ -38,6 +38,7 @@ async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
     let (get, post) = (Method::GET, Method::POST);
     let job = "/v1/fine_tuning/jobs/ftjob-1";
     for (method, path) in [
+        (&get, "/metrics".to_owned()),
         (&get, "/v1/models".to_owned()),
         (&get, "/v1/models/tiny".to_owned()),
         (&get, "/v1/files".to_owned()),
@@ -48,8 +49,13 @@ async fn a_query_parameter_that_a_route_does_not_have_is_refused() {
         (&get, "/v1/fine_tuning/jobs".to_owned()),
         (&post, "/v1/fine_tuning/jobs".to_owned()),
         (&get, job.to_owned()),
+        (&Method::DELETE, job.to_owned()),
         (&post, format!("{job}/cancel")),
+        (&post, format!("{job}/rerun")),
         (&get, format!("{job}/artifacts")),
+        (&get, format!("{job}/logs")),
+        (&get, format!("{job}/metrics.csv")),
+        (&get, format!("{job}/metrics.svg")),
         (&get, "/v1/artifacts/artifact-1".to_owned()),
         (&get, "/v1/artifacts/artifact-1/content".to_owned()),
     ] {

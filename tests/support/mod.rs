@@ -1,5 +1,6 @@
 //! A whole server on free ports, without its scheduler: tests take attempts up themselves and speak the worker protocol.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -120,6 +121,13 @@ impl TestApp {
         let claimed = claim(&self.jobs, task, "cpu", Duration::from_secs(30)).await.expect("a database");
         let Claimed { token, .. } = claimed.expect("something to do");
         self.worker(token.expose_secret())
+    }
+
+    /// Where the log of an attempt is, in a folder that is there.
+    pub(crate) fn log_path(&self, attempt: &str) -> PathBuf {
+        let logs_dir = self.folder.path().join("logs");
+        std::fs::create_dir_all(&logs_dir).expect("a folder");
+        logs_dir.join(format!("{attempt}.log"))
     }
 
     /// A worker that shows this token.
