@@ -23,7 +23,7 @@ use crate::types::metric::Metric;
 
 /// Lines of the table that are read at once.
 const BATCH: i64 = 1000;
-/// The table's first line: the columns, in the order of [`line`].
+/// The table's first line: the columns, in the order of [`line()`].
 const HEADER: &str = "step,total_steps,epoch,train_loss,train_mean_token_accuracy,learning_rate,grad_norm,trained_tokens,\
                       step_ms,valid_loss,valid_mean_token_accuracy,created_at\n";
 /// The picture needs its own style, and nothing from anywhere.

@@ -116,8 +116,13 @@ fn page(counted: &ServerMetrics, figures: &Figures) -> prometheus::Result<String
         let help = "Time that the last step of the running jobs took; absent while none has trained a step";
         page.add_one("lorad_last_step_milliseconds", help, step_ms as f64)?;
     }
-    let counts::Stored { files, checkpoints, artifacts } = figures.stored;
-    let stored = [("files", files as f64), ("checkpoints", checkpoints as f64), ("artifacts", artifacts as f64)];
+    let counts::Stored { files, checkpoints, artifacts, upload_parts } = figures.stored;
+    let stored = [
+        ("files", files as f64),
+        ("checkpoints", checkpoints as f64),
+        ("artifacts", artifacts as f64),
+        ("upload_parts", upload_parts as f64),
+    ];
     page.add("lorad_stored_bytes", "Bytes in object storage, by kind", "kind", &stored)?;
     page.add_one("lorad_uptime_seconds", "Time since the server started", counted.started_at.elapsed().as_secs_f64())?;
     page.add("lorad_build_info", "The server's version, as a label", "version", &[(env!("CARGO_PKG_VERSION"), 1.0)])?;

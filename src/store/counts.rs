@@ -83,6 +83,8 @@ pub struct Stored {
     pub checkpoints: i64,
     /// Artifacts.
     pub artifacts: i64,
+    /// Parts of uploads that are not completed.
+    pub upload_parts: i64,
 }
 
 /// How much is stored.
@@ -94,7 +96,8 @@ pub async fn stored_bytes(conn: &mut SqliteConnection) -> Result<Stored> {
         Stored,
         r#"select (select coalesce(sum(size_bytes), 0) from file) as "files!: i64",
                   (select coalesce(sum(size_bytes), 0) from checkpoint) as "checkpoints!: i64",
-                  (select coalesce(sum(size_bytes), 0) from artifact) as "artifacts!: i64""#
+                  (select coalesce(sum(size_bytes), 0) from artifact) as "artifacts!: i64",
+                  (select coalesce(sum(size_bytes), 0) from upload_part) as "upload_parts!: i64""#
     )
     .fetch_one(conn)
     .await?;

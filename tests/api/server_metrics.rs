@@ -56,6 +56,7 @@ async fn the_figures_are_those_of_the_database() {
         ("lorad_stored_bytes{kind=\"files\"}", rows as f64),
         ("lorad_stored_bytes{kind=\"checkpoints\"}", 10.0),
         ("lorad_stored_bytes{kind=\"artifacts\"}", 0.0),
+        ("lorad_stored_bytes{kind=\"upload_parts\"}", 0.0),
         (concat!("lorad_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
     ] {
         assert_eq!(value(&page, sample), Some(expected), "{sample}: {page}");
