@@ -13,7 +13,9 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lorad_engine::adapter::peft_spec;
 use lorad_engine::data::{self, ChatTemplate, Dataset};
-use lorad_engine::export::{ExportKind, ModelCard, Quantization, TrainingFacts, Tuned, Wanted};
+use lorad_engine::export::{
+    ExportKind, Merge, ModelCard, Quantization, TrainingFacts, Tuned, Wanted, merged_gguf_bytes,
+};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::spec::{
@@ -50,7 +52,7 @@ pub struct TrainArgs {
     /// Folder for what is made
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Say what the run would need (steps, time, memory, disk), measured on two passes of one micro-batch, and stop
+    /// Say what the run would need (steps, time, memory, disk, the files of --gguf too), measured on two passes of one micro-batch, and stop
     #[arg(long, conflicts_with = "resume")]
     estimate: bool,
     /// Go on from the checkpoint in --out
@@ -236,7 +238,11 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let validation = args.validation.as_ref().map(|path| read(path, &spec, "cannot evaluate")).transpose()?;
     drop(bound);
     if args.estimate {
-        return tell_estimate(&spec, &model, &dataset, validation.as_ref());
+        let title = args.out.file_name().unwrap_or_default().to_string_lossy();
+        let template = ChatTemplate::for_export(&spec.dataset.template, &tokenizer)?;
+        let chat_template = template.as_ref().and_then(ChatTemplate::replacement);
+        let merge = Merge { base: &file, lora: Some(&spec.lora), name_suffix: Some(&title), chat_template };
+        return tell_estimate((&spec, &model, &dataset, validation.as_ref()), &merge, &args.gguf);
     }
     let start = Start {
         resume: resume_point(args)?,
@@ -307,12 +313,11 @@ fn merged_files(args: &TrainArgs) -> anyhow::Result<Vec<Wanted>> {
     Ok(wanted)
 }
 
-/// Prints what a run would need, a name and a value a line.
+/// Prints what a run and its merged files would need, a name and a value a line.
 fn tell_estimate(
-    spec: &TrainSpec,
-    model: &Llama,
-    dataset: &Dataset,
-    validation: Option<&Dataset>,
+    (spec, model, dataset, validation): (&TrainSpec, &Llama, &Dataset, Option<&Dataset>),
+    merge: &Merge<'_>,
+    quantizations: &[Quantization],
 ) -> anyhow::Result<()> {
     // Memory is looked at before the passes that measure the rate take theirs.
     let before = train::estimate(spec, model, dataset, validation, None)?;
@@ -325,6 +330,9 @@ fn tell_estimate(
         writeln!(out, "{name} {value}")?;
     }
     writeln!(out, "tokens_per_second {rate:.1}")?;
+    for &quantization in quantizations {
+        writeln!(out, "gguf_{}_bytes {}", quantization.name(), merged_gguf_bytes(merge, quantization)?)?;
+    }
     Ok(())
 }
 

@@ -89,6 +89,28 @@ fn ctrl_c_keeps_a_checkpoint_and_resume_ends_with_the_same_adapter() {
 }
 
 #[test]
+fn an_estimate_tells_the_bytes_that_a_run_leaves() {
+    let home = Home::new();
+    let arguments = ["--max-steps", "2", "--gguf", "q8_0", "--template", "alpaca"];
+    let told = home.train("run", &[&arguments[..], &["--estimate"]].concat());
+    assert!(told.status.success(), "{}", stderr(&told));
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    let figure = |name: &str| {
+        let line = told.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+        line.unwrap_or_else(|| panic!("no {name} in {told}"))
+    };
+    assert_eq!(figure("total_steps "), 2);
+    assert!(!home.path("run/model-q8_0.gguf").exists(), "an estimate makes nothing");
+
+    let run = home.train("run", &arguments);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let size = |name: &str| std::fs::metadata(home.path("run").join(name)).expect("a file").len();
+    assert_eq!(size("model-q8_0.gguf"), figure("gguf_q8_0_bytes "));
+    let header = size("adapter_model.safetensors") - figure("adapter_bytes ");
+    assert!(header < 8192, "{header} bytes beside the values");
+}
+
+#[test]
 fn a_run_stops_early_and_leaves_the_best_adapter() {
     let home = Home::new();
     let rows = std::fs::read_to_string(home.path("rows.jsonl")).expect("a data set");

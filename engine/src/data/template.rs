@@ -210,7 +210,7 @@ impl ChatTemplate {
     }
 
     /// The template's Jinja text, where it is not the model's own: whoever prompts the tuned model must be told of it.
-    pub(crate) fn replacement(&self) -> Option<&str> {
+    pub fn replacement(&self) -> Option<&str> {
         self.replacement.as_deref()
     }
 

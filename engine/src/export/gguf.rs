@@ -17,7 +17,9 @@ use sha2::{Digest, Sha256};
 use super::merge::MergedTensor;
 use super::mix::Plan;
 use super::{Deltas, ExportReport, Merge, Progress, Quantization};
-use crate::gguf::{DEFAULT_ALIGNMENT, GgufFile, SealedFile, TensorInfo, TensorSpec, Value, Writer, same_bytes};
+use crate::gguf::{
+    DEFAULT_ALIGNMENT, GgufFile, SealedFile, TensorInfo, TensorSpec, Value, Writer, file_bytes, same_bytes,
+};
 use crate::model::weights::Weight;
 use crate::quant::BlockType;
 use crate::spec::Target;
@@ -72,6 +74,14 @@ pub fn merged_gguf(
     // The files are there now: a wish to stop comes too late.
     let _ = on_progress(progress);
     Ok(Some(reports))
+}
+
+/// Bytes of the file that [`merged_gguf`] makes.
+///
+/// # Errors
+/// [`Error::Model`] as there.
+pub fn merged_gguf_bytes(merge: &Merge<'_>, quantization: Quantization) -> Result<u64> {
+    file_bytes(&metadata(merge, quantization), &Plan::new(merge.base, quantization)?.specs)
 }
 
 /// A file to be written.

@@ -20,7 +20,7 @@ use serde::Serialize;
 use crate::gguf::GgufFile;
 use crate::spec::{LoraSpec, Target};
 
-pub use gguf::merged_gguf;
+pub use gguf::{merged_gguf, merged_gguf_bytes};
 pub use gguf_lora::{gguf_lora, read_gguf_lora};
 pub use mix::Quantization;
 pub use model_card::{ModelCard, TrainingFacts};

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Delta, Deltas, ExportReport, Merge, Progress, Quantization, merged_gguf};
+use super::{Delta, Deltas, ExportReport, Merge, Progress, Quantization, merged_gguf, merged_gguf_bytes};
 use crate::gguf::{GgufFile, TensorInfo, TensorSpec, Value, Writer};
 use crate::quant::BlockType;
 use crate::quant::tests::tolerance;
@@ -57,7 +57,9 @@ fn export(base: &GgufFile, quantization: Quantization, target: &Path) -> Result<
     let delta = |layer, target| delta(base, layer, target);
     let merge = Merge { base, lora: Some(&lora()), name_suffix: Some("tuned"), chat_template: None };
     let reports = merged_gguf(&merge, &delta, &[(quantization, target)], &mut |_| ControlFlow::Continue(()))?;
-    Ok(reports.expect("not stopped").remove(0))
+    let report = reports.expect("not stopped").remove(0);
+    assert_eq!(merged_gguf_bytes(&merge, quantization)?, report.size_bytes, "known before it is made");
+    Ok(report)
 }
 
 /// A tensor through candle: an implementation that shares nothing with the export.

@@ -14,8 +14,8 @@ mod writer;
 pub use reader::GgufFile;
 pub use types::{StoredType, TensorInfo};
 pub use value::{Array, Value};
-pub(crate) use writer::same_bytes;
 pub use writer::{SealedFile, TensorSpec, Writer};
+pub(crate) use writer::{file_bytes, same_bytes};
 
 /// Alignment of the data section and of every tensor where the file names none; the writer knows no other.
 pub const DEFAULT_ALIGNMENT: usize = 32;

@@ -172,6 +172,16 @@ fn folder_of(target: &Path) -> &Path {
 }
 
 /// The header with its padding, and every tensor's size in bytes.
+/// Bytes of a file with this metadata and these tensors.
+///
+/// # Errors
+/// As [`Writer::create`], but for what only writing can find out.
+pub(crate) fn file_bytes(metadata: &[(String, Value)], tensors: &[TensorSpec]) -> Result<u64> {
+    let (header, sizes) = header(metadata, tensors).map_err(Error::Model)?;
+    let data = sizes.iter().map(|size| size.next_multiple_of(DEFAULT_ALIGNMENT) as u64);
+    Ok(header.len() as u64 + data.sum::<u64>())
+}
+
 fn header(metadata: &[(String, Value)], tensors: &[TensorSpec]) -> Result<(Vec<u8>, Vec<usize>), String> {
     let mut out = Vec::new();
     out.extend(MAGIC);
