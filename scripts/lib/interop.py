@@ -9,6 +9,7 @@ import pathlib
 import sys
 import tarfile
 import time
+from hashlib import md5
 
 import openai
 import peft
@@ -112,6 +113,28 @@ def cancel_job(client, file):
     check(client.fine_tuning.jobs.cancel(job.id).status == "cancelled", "jobs.cancel")
 
 
+def pause_and_resume(client, file):
+    """A job that is put aside and taken up again."""
+    jobs = client.fine_tuning.jobs
+    job = jobs.create(model="smollm2-135m-instruct", training_file=file.id, extra_body={"priority": 1})
+    check(jobs.pause(job.id).status == "paused", "jobs.pause")
+    check(jobs.resume(job.id).status in ("validating_files", "queued"), "jobs.resume")
+    jobs.cancel(job.id)
+
+
+def upload_in_parts(client, path):
+    """The data set in parts, by the client's own helper."""
+    size = path.stat().st_size
+    done = client.uploads.upload_file_chunked(
+        file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=size // 3, md5=md5(path.read_bytes()).hexdigest()
+    )
+    check(done.status == "completed" and done.file.bytes == size, "uploads.upload_file_chunked")
+    check(client.files.content(done.file.id).read() == path.read_bytes(), "the parts are the file")
+    client.files.delete(done.file.id)
+    pending = client.uploads.create(bytes=1, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    check(client.uploads.cancel(pending.id).status == "cancelled", "uploads.create, uploads.cancel")
+
+
 def download_adapter(client, job, work):
     """The adapter's folder, through the client's own transport."""
     artifacts = client.get(f"/fine_tuning/jobs/{job.id}/artifacts", cast_to=object)["data"]
@@ -151,6 +174,8 @@ def main():
     bad_requests(client, file)
     job = run_job(client, file)
     cancel_job(client, file)
+    pause_and_resume(client, file)
+    upload_in_parts(client, data)
     adapter = download_adapter(client, job, work)
     compare_logits(lorad, base, adapter)
     unused = client.files.create(file=data.open("rb"), purpose="fine-tune")
