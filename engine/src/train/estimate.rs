@@ -7,7 +7,7 @@
 use super::micro_batch;
 use super::moments::Moments;
 use crate::adapter::{LoraLayout, LoraParams};
-use crate::data::{Dataset, Loader};
+use crate::data::{Dataset, Loader, Row};
 use crate::model::{Llama, MicroStep, Shape};
 use crate::ops::cross_entropy;
 use crate::ops::dropout::Dropout;
@@ -98,7 +98,7 @@ pub fn estimate(
     let host = HostMemory::now()?;
     let (shape, work) = (&model.config().shape, Work::of(spec, dataset, validation)?);
     let layout = LoraLayout::new(&spec.lora, shape);
-    let need = Need { spec, shape, tokens: work.largest_micro_batch, parameters: layout.len() as u64 };
+    let need = Need::of(spec, shape, &work, &layout);
     let kept_layers = need.kept_layers(budget(host, model.file_bytes()));
     let state = need.state(Moments::size_bytes(spec.training.optimizer, &layout));
     let held = host.anonymous_bytes + host.file_bytes + model.file_bytes();
@@ -164,8 +164,7 @@ pub(super) fn kept_layers(
         Some(bytes) => bytes,
     };
     let layout = LoraLayout::new(&spec.lora, shape);
-    let tokens = Work::of(spec, dataset, None)?.largest_micro_batch;
-    let need = Need { spec, shape, tokens, parameters: layout.len() as u64 };
+    let need = Need::of(spec, shape, &Work::of(spec, dataset, None)?, &layout);
     Ok(need.kept_layers(budget) as usize)
 }
 
@@ -180,6 +179,8 @@ struct Work {
     tokens: u64,
     evaluated_tokens: u64,
     largest_micro_batch: u64,
+    /// Most tokens with a loss in a micro-batch: only they have logits.
+    most_trained: u64,
 }
 
 impl Work {
@@ -187,12 +188,13 @@ impl Work {
         let lengths = lengths_of(dataset)?;
         let mut loader = Loader::new(dataset.rows.len(), spec);
         let (total_steps, epoch) = (loader.total_steps(), loader.steps_per_epoch().max(1));
-        let (mut tokens, mut largest_micro_batch) = (0, 0);
+        let (mut tokens, mut largest_micro_batch, mut most_trained) = (0, 0, 0);
         for step in 0..total_steps {
             for rows in loader.step(step) {
                 let size = size(&lengths, &rows, spec.training.packing);
                 tokens += size;
                 largest_micro_batch = largest_micro_batch.max(size);
+                most_trained = most_trained.max(trained(&lengths, &rows));
             }
         }
         let mut once = 0;
@@ -203,21 +205,37 @@ impl Work {
                 let size = size(&lengths, rows, spec.training.packing);
                 once += size;
                 largest_micro_batch = largest_micro_batch.max(size);
+                most_trained = most_trained.max(trained(&lengths, rows));
             }
         }
         let evaluations = u64::from(total_steps.div_ceil(spec.training.eval_steps.unwrap_or(epoch)));
-        Ok(Self { total_steps, tokens, evaluated_tokens: once * evaluations, largest_micro_batch })
+        Ok(Self { total_steps, tokens, evaluated_tokens: once * evaluations, largest_micro_batch, most_trained })
     }
 }
 
-/// Tokens of every row.
-fn lengths_of(dataset: &Dataset) -> Result<Vec<u64>> {
-    dataset.rows.iter().map(|row| Ok(row?.tokens.len() as u64)).collect()
+/// Tokens of a row, and how many of them have a loss.
+#[derive(Debug, Clone, Copy)]
+struct Length {
+    tokens: u64,
+    trained: u64,
+}
+
+fn lengths_of(dataset: &Dataset) -> Result<Vec<Length>> {
+    let length = |row: Row| Length {
+        tokens: row.tokens.len() as u64,
+        trained: row.trained.iter().filter(|&&trained| trained).count() as u64,
+    };
+    dataset.rows.iter().map(|row| Ok(length(row?))).collect()
+}
+
+/// Tokens with a loss in a micro-batch of those rows.
+fn trained(lengths: &[Length], rows: &[usize]) -> u64 {
+    rows.iter().map(|&row| lengths[row].trained).sum()
 }
 
 /// Tokens of a micro-batch of those rows.
-fn size(lengths: &[u64], rows: &[usize], packing: bool) -> u64 {
-    let lengths = rows.iter().map(|&row| lengths[row]);
+fn size(lengths: &[Length], rows: &[usize], packing: bool) -> u64 {
+    let lengths = rows.iter().map(|&row| lengths[row].tokens);
     if packing { lengths.sum() } else { lengths.max().unwrap_or(0) * rows.len() as u64 }
 }
 
@@ -227,10 +245,17 @@ struct Need<'a> {
     shape: &'a Shape,
     /// Of the largest micro-batch.
     tokens: u64,
+    /// Most tokens with a loss in a micro-batch.
+    trained: u64,
     parameters: u64,
 }
 
-impl Need<'_> {
+impl<'a> Need<'a> {
+    fn of(spec: &'a TrainSpec, shape: &'a Shape, work: &Work, layout: &LoraLayout) -> Self {
+        let (tokens, trained) = (work.largest_micro_batch, work.most_trained);
+        Self { spec, shape, tokens, trained, parameters: layout.len() as u64 }
+    }
+
     /// Parameters, gradient, moments, and the best parameters where early stopping keeps them.
     fn state(&self, moment_bytes: u64) -> u64 {
         let copies = if self.spec.training.early_stopping.is_some() { 3 } else { 2 };
@@ -253,10 +278,10 @@ impl Need<'_> {
         self.tokens * F32 * (6 * hidden + 5 * intermediate + 2 * queries + 2 * keys)
     }
 
-    /// Bytes that exist for a moment at the output projection: logits of a chunk of tokens, a band of its weight, hidden states.
+    /// Bytes that exist for a moment at the output projection: logits of a chunk of tokens with a loss, a band of its weight, hidden states.
     fn moment_of_head(&self) -> u64 {
         let vocabulary = self.shape.vocabulary as u64;
-        let logits = (self.tokens * vocabulary * F32).min(cross_entropy::LOGITS_BYTES as u64);
+        let logits = (self.trained * vocabulary * F32).min(cross_entropy::LOGITS_BYTES as u64);
         logits + cross_entropy::BAND_BYTES as u64 + 6 * F32 * self.tokens * self.widths().hidden
     }
 
@@ -309,7 +334,7 @@ mod tests {
         let mut spec = TrainSpec::default();
         spec.training.gradient_checkpointing = checkpointing;
         let shape = Shape { layers: 8, ..Shape::tiny() };
-        let need = Need { spec: &spec, shape: &shape, tokens: 512, parameters: 1000 };
+        let need = Need { spec: &spec, shape: &shape, tokens: 512, trained: 512, parameters: 1000 };
         need.kept_layers(budget_bytes)
     }
 
@@ -319,7 +344,7 @@ mod tests {
         assert_eq!((kept(None, 0), kept(Full, u64::MAX), kept(Auto, u64::MAX), kept(Auto, 0)), (8, 0, 8, 0));
         let spec = TrainSpec::default();
         let shape = Shape { layers: 8, ..Shape::tiny() };
-        let need = Need { spec: &spec, shape: &shape, tokens: 512, parameters: 1000 };
+        let need = Need { spec: &spec, shape: &shape, tokens: 512, trained: 512, parameters: 1000 };
         let sizes: Vec<u64> = (0..=8).map(|kept| need.state(8000) + need.activations(kept)).collect();
         assert!(sizes.is_sorted(), "{sizes:?}");
         for (layers, size) in sizes.iter().enumerate().skip(1) {
