@@ -1,6 +1,6 @@
 //! A job is not wanted any more.
 
-use super::{Error, Jobs, Result};
+use super::{Error, Jobs, Result, find_job};
 use crate::store;
 use crate::types::event::NewEvent;
 use crate::types::ids::JobId;
@@ -14,9 +14,7 @@ use crate::types::now_ms;
 pub async fn cancel(jobs: &Jobs, owner: &str, id: JobId) -> Result<Job> {
     let now_ms = now_ms();
     let mut tx = jobs.store.begin_write().await?;
-    let Some(mut job) = store::job::find(&mut tx, id, owner).await? else {
-        return Err(Error::NoSuchJob(id.to_string()));
-    };
+    let mut job = find_job(&mut tx, owner, id).await?;
     if job.status == Status::Cancelled {
         return Ok(job);
     }

@@ -25,6 +25,7 @@ pub mod uploads;
 
 use std::sync::Arc;
 
+use sqlx::SqliteConnection;
 use tokio::sync::{Notify, watch};
 
 use crate::hub;
@@ -32,7 +33,7 @@ use crate::storage::{self, Storage};
 use crate::store::{self, Store};
 use crate::types::file::Purpose;
 use crate::types::ids::{FileId, JobId};
-use crate::types::job::Status;
+use crate::types::job::{Job, Status};
 
 /// Why a use case did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +136,12 @@ impl From<sqlx::Error> for Error {
 
 /// The use cases' result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// This owner's job.
+async fn find_job(conn: &mut SqliteConnection, owner: &str, id: JobId) -> Result<Job> {
+    let job = store::job::find(conn, id, owner).await?;
+    job.ok_or_else(|| Error::NoSuchJob(id.to_string()))
+}
 
 /// What the use cases work with; clones share it.
 #[derive(Debug, Clone)]

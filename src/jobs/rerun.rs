@@ -3,9 +3,8 @@
 use serde_json::json;
 
 use super::create::create;
-use super::{Error, Jobs, Result};
+use super::{Jobs, Result, find_job};
 use crate::hub::Hub;
-use crate::store;
 use crate::store::job::Request;
 use crate::types::ids::JobId;
 use crate::types::job::Job;
@@ -24,8 +23,7 @@ pub async fn rerun(
     changes: RerunRequest,
     (idempotency_key, is_retry): (Option<&str>, bool),
 ) -> Result<Job> {
-    let old = store::job::find(&mut *jobs.store.read().await?, id, owner).await?;
-    let old = old.ok_or_else(|| Error::NoSuchJob(id.to_string()))?;
+    let old = find_job(&mut *jobs.store.read().await?, owner, id).await?;
     // Unlike the body of any request to create a job: the key of one is not also that of the other.
     let body = json!({"rerun_of": id, "changes": changes}).to_string();
     let request = Request { body: &body, idempotency_key, is_retry };

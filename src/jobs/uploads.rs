@@ -79,6 +79,20 @@ pub async fn complete(
     part_ids: &[PartId],
     md5: Option<&str>,
 ) -> Result<(Upload, File)> {
+    match complete_once(jobs, owner, id, part_ids, md5).await {
+        Ok(done) => Ok(done),
+        // Another request may have completed it, and taken the parts away, while this one was at it.
+        Err(error) => completed(&mut *jobs.store.read().await?, owner, id).await?.ok_or(error),
+    }
+}
+
+async fn complete_once(
+    jobs: &Jobs,
+    owner: &str,
+    id: UploadId,
+    part_ids: &[PartId],
+    md5: Option<&str>,
+) -> Result<(Upload, File)> {
     let mut conn = jobs.store.read().await?;
     if let Some(completed) = completed(&mut conn, owner, id).await? {
         return Ok(completed);
