@@ -53,6 +53,8 @@ pub struct HostMemory {
     pub file_bytes: u64,
     /// Bytes that could be had without swapping.
     pub available_bytes: u64,
+    /// Bytes that there are at all.
+    pub total_bytes: u64,
 }
 
 impl HostMemory {
@@ -71,10 +73,12 @@ impl HostMemory {
         let cached = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").unwrap_or_default();
         let cached = cached.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
         let held = group("memory.current").map(|current| current.saturating_sub(cached.unwrap_or(0)));
-        let of_group = group("memory.max").zip(held).map(|(max, held)| max.saturating_sub(held));
+        let most = group("memory.max");
+        let of_group = most.zip(held).map(|(max, held)| max.saturating_sub(held));
+        let total_bytes = kilobytes(&memory, "MemTotal:").min(most.unwrap_or(u64::MAX));
         let available_bytes = kilobytes(&memory, "MemAvailable:").min(of_group.unwrap_or(u64::MAX));
         let (anonymous_bytes, file_bytes) = (kilobytes(&status, "RssAnon:"), kilobytes(&status, "RssFile:"));
-        Ok(Self { anonymous_bytes, file_bytes, available_bytes })
+        Ok(Self { anonymous_bytes, file_bytes, available_bytes, total_bytes })
     }
 }
 
@@ -174,7 +178,7 @@ fn budget(host: HostMemory, model_bytes: u64) -> u64 {
 }
 
 /// How much a run computes.
-struct Work {
+pub(super) struct Work {
     total_steps: u32,
     tokens: u64,
     evaluated_tokens: u64,
@@ -185,42 +189,51 @@ struct Work {
 
 impl Work {
     fn of(spec: &TrainSpec, dataset: &Dataset, validation: Option<&Dataset>) -> Result<Self> {
-        let lengths = lengths_of(dataset)?;
-        let mut loader = Loader::new(dataset.rows.len(), spec);
+        Ok(Self::of_rows(spec, &lengths_of(dataset)?, validation.map(lengths_of).transpose()?.as_deref()))
+    }
+
+    pub(super) fn of_rows(spec: &TrainSpec, lengths: &[Length], validation: Option<&[Length]>) -> Self {
+        let mut loader = Loader::new(lengths.len(), spec);
         let (total_steps, epoch) = (loader.total_steps(), loader.steps_per_epoch().max(1));
         let (mut tokens, mut largest_micro_batch, mut most_trained) = (0, 0, 0);
         for step in 0..total_steps {
             for rows in loader.step(step) {
-                let size = size(&lengths, &rows, spec.training.packing);
+                let size = size(lengths, &rows, spec.training.packing);
                 tokens += size;
                 largest_micro_batch = largest_micro_batch.max(size);
-                most_trained = most_trained.max(trained(&lengths, &rows));
+                most_trained = most_trained.max(trained(lengths, &rows));
             }
         }
         let mut once = 0;
-        if let Some(validation) = validation {
-            let lengths = lengths_of(validation)?;
+        if let Some(lengths) = validation {
             let rows: Vec<usize> = (0..lengths.len()).collect();
             for rows in rows.chunks(spec.training.micro_batch_size.max(1) as usize) {
-                let size = size(&lengths, rows, spec.training.packing);
+                let size = size(lengths, rows, spec.training.packing);
                 once += size;
                 largest_micro_batch = largest_micro_batch.max(size);
-                most_trained = most_trained.max(trained(&lengths, rows));
+                most_trained = most_trained.max(trained(lengths, rows));
             }
         }
         let evaluations = u64::from(total_steps.div_ceil(spec.training.eval_steps.unwrap_or(epoch)));
-        Ok(Self { total_steps, tokens, evaluated_tokens: once * evaluations, largest_micro_batch, most_trained })
+        Self { total_steps, tokens, evaluated_tokens: once * evaluations, largest_micro_batch, most_trained }
     }
 }
 
 /// Tokens of a row, and how many of them have a loss.
 #[derive(Debug, Clone, Copy)]
-struct Length {
-    tokens: u64,
-    trained: u64,
+pub(super) struct Length {
+    pub(super) tokens: u64,
+    pub(super) trained: u64,
 }
 
-fn lengths_of(dataset: &Dataset) -> Result<Vec<Length>> {
+impl Length {
+    /// Of a row that is cut after so many tokens. Which of its tokens have a loss is not known any more: the most that can be.
+    pub(super) fn cut_at(self, max_seq_length: u64) -> Self {
+        Self { tokens: self.tokens.min(max_seq_length), trained: self.trained.min(max_seq_length) }
+    }
+}
+
+pub(super) fn lengths_of(dataset: &Dataset) -> Result<Vec<Length>> {
     let length = |row: Row| Length {
         tokens: row.tokens.len() as u64,
         trained: row.trained.iter().filter(|&&trained| trained).count() as u64,
@@ -240,7 +253,7 @@ fn size(lengths: &[Length], rows: &[usize], packing: bool) -> u64 {
 }
 
 /// A run's memory.
-struct Need<'a> {
+pub(super) struct Need<'a> {
     spec: &'a TrainSpec,
     shape: &'a Shape,
     /// Of the largest micro-batch.
@@ -251,13 +264,13 @@ struct Need<'a> {
 }
 
 impl<'a> Need<'a> {
-    fn of(spec: &'a TrainSpec, shape: &'a Shape, work: &Work, layout: &LoraLayout) -> Self {
+    pub(super) fn of(spec: &'a TrainSpec, shape: &'a Shape, work: &Work, layout: &LoraLayout) -> Self {
         let (tokens, trained) = (work.largest_micro_batch, work.most_trained);
         Self { spec, shape, tokens, trained, parameters: layout.len() as u64 }
     }
 
     /// Parameters, gradient, moments, and the best parameters where early stopping keeps them.
-    fn state(&self, moment_bytes: u64) -> u64 {
+    pub(super) fn state(&self, moment_bytes: u64) -> u64 {
         let copies = if self.spec.training.early_stopping.is_some() { 3 } else { 2 };
         copies * F32 * self.parameters + moment_bytes
     }
@@ -286,7 +299,7 @@ impl<'a> Need<'a> {
     }
 
     /// Most bytes of activations at once, with so many blocks that keep them.
-    fn activations(&self, kept_layers: u64) -> u64 {
+    pub(super) fn activations(&self, kept_layers: u64) -> u64 {
         let inputs = (self.shape.layers as u64).saturating_sub(kept_layers) * F32 * self.tokens * self.widths().hidden;
         let at_head = kept_layers * self.kept_by_block() + self.moment_of_head();
         let at_last_block = kept_layers.max(1) * self.kept_by_block() + self.moment_of_backward();
@@ -294,7 +307,7 @@ impl<'a> Need<'a> {
     }
 
     /// Blocks that keep their activations: the specification's word, or for `auto` as many as a budget of so many bytes allows.
-    fn kept_layers(&self, budget_bytes: u64) -> u64 {
+    pub(super) fn kept_layers(&self, budget_bytes: u64) -> u64 {
         let layers = self.shape.layers as u64;
         match self.spec.training.gradient_checkpointing {
             GradientCheckpointing::None => layers,

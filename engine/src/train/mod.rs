@@ -3,6 +3,7 @@
 mod checkpoint;
 mod estimate;
 mod evaluation;
+mod fit;
 mod moments;
 mod schedule;
 mod state;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 pub use checkpoint::Checkpoint;
 pub use estimate::{Estimate, HostMemory, estimate, measure_rate};
 pub use evaluation::{Best, Evaluation};
+pub use fit::{Change, Fit, fit, left_of};
 pub use schedule::learning_rate;
 
 use crate::Result;
