@@ -121,6 +121,9 @@ pub struct Workers {
     pub checkpoint_seconds: u32,
     /// Seconds that a training may take to end its step and save, when its job is paused or the server ends. Default 60.
     pub pause_seconds: u32,
+    /// Bytes of memory that a training may have; a job that cannot do with it fails when it is validated. 0: all that this
+    /// machine has. Default 0.
+    pub memory_bytes: u64,
     /// Threads of a worker's arithmetic; 0: one per processor. Default 0.
     pub threads: u32,
     /// The program that is started as a worker. Default: this one.
@@ -143,6 +146,10 @@ pub struct Models {
 pub struct Limits {
     /// Data sets validated at once, beside a running training. Default 2.
     pub validations: u32,
+    /// Reports, previews and estimates answered at once, beside everything else. Default 2.
+    pub inspections: u32,
+    /// Seconds that one of them may take. Default 300.
+    pub inspection_seconds: u32,
 }
 
 impl Default for Server {
@@ -164,6 +171,7 @@ impl Default for Workers {
             stall_seconds: 3600,
             checkpoint_seconds: 60,
             pause_seconds: 60,
+            memory_bytes: 0,
             threads: 0,
             executable: None,
         }
@@ -172,7 +180,7 @@ impl Default for Workers {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { validations: 2 }
+        Self { validations: 2, inspections: 2, inspection_seconds: 300 }
     }
 }
 
@@ -231,6 +239,8 @@ impl Config {
             ("workers.pause_seconds", workers.pause_seconds, "must be from 1 to 3600", 1..=3600),
             ("workers.threads", workers.threads, "must be from 0 to 1024", 0..=1024),
             ("limits.validations", self.limits.validations, "must be from 1 to 64", 1..=64),
+            ("limits.inspections", self.limits.inspections, "must be from 1 to 64", 1..=64),
+            ("limits.inspection_seconds", self.limits.inspection_seconds, "must be from 1 to 86400", 1..=86_400),
         ] {
             if !fine.contains(&value) {
                 return Err(Error::Value { key, right, value: value.to_string() });

@@ -21,7 +21,11 @@ enum Role {
     /// Works off one task of a server; the server starts it
     #[command(hide = true)]
     Worker(worker::Options),
+    /// Answers one question about a data set; the server starts it
+    #[command(hide = true)]
+    Inspect(worker::inspect::Options),
     Train(Box<cli::train::TrainArgs>),
+    Keys(cli::keys::KeysCommand),
     Dataset(cli::dataset::DatasetCommand),
     Chat(cli::chat::ChatArgs),
     Export(cli::export::ExportArgs),
@@ -47,7 +51,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.role {
         Role::Serve(options) => cli::serve::run(options),
         Role::Worker(options) => worker::run(options),
+        Role::Inspect(options) => worker::inspect::run(options),
         Role::Train(args) => cli::train::run(&args),
+        Role::Keys(command) => cli::keys::run(command),
         Role::Dataset(command) => cli::dataset::run(&command),
         Role::Chat(args) => cli::chat::run(&args),
         Role::Export(args) => cli::export::run(&args),

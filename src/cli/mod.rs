@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod dataset;
 pub mod export;
+pub mod keys;
 pub mod logits;
 pub mod openapi;
 pub mod serve;

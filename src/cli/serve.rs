@@ -57,7 +57,7 @@ pub struct Options {
 const SETTINGS: &str = "\
 Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the environment):
   [server]
-  listen = \"127.0.0.1:8080\"      address of the API; another than loopback needs auth.bootstrap_key
+  listen = \"127.0.0.1:8080\"      address of the API; another than loopback needs a key
   data_dir = \"DIR\"               folder for everything that is kept
   max_upload_bytes = 8589934592  largest file that may be uploaded
   [database]
@@ -65,7 +65,8 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   [storage]
   url = \"file:DIR\"               where files, checkpoints and artifacts are kept, or memory:; no two servers may share it
   [auth]
-  bootstrap_key = \"KEY\"          the API key that callers must send; without it anybody on this machine may call
+  bootstrap_key = \"KEY\"          an API key of the owner `default`, beside those of `lorad keys create`; without any key
+                                 anybody on this machine may call
   [workers]
   devices = \"auto\"               what to train on; this version: the CPU
   listen = \"ADDR\"                TCP address for workers instead of a Unix socket in the data folder
@@ -73,6 +74,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   stall_seconds = 3600           how long a worker may make no progress
   checkpoint_seconds = 60        longest time between two checkpoints to resume from
   pause_seconds = 60             how long a training may take to end its step and save, when paused or the server stops
+  memory_bytes = 0               memory that a training may have; 0: all that there is
   threads = 0                    threads of a worker's arithmetic; 0: one per processor
   executable = \"FILE\"            program that is started as a worker; default: this one
   [models]
@@ -80,6 +82,8 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   cache_dir = \"DIR\"              folder of downloaded base models; default ~/.cache/lorad
   [limits]
   validations = 2                data sets validated at once, beside a training
+  inspections = 2                reports, previews and estimates answered at once
+  inspection_seconds = 300       how long one of them may take
 
 HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged.";
 
@@ -107,7 +111,7 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     }
     let jobs = Jobs::new(store.clone(), storage);
     let shutdown = CancellationToken::new();
-    let app = App::new(config, jobs.clone(), Hub::from_config(config), shutdown.clone())?;
+    let app = App::new(config, jobs.clone(), Hub::from_config(config), shutdown.clone()).await?;
 
     // Workers are stopped before the listener that they call, so that none dies of the shutdown.
     let workers_gone = CancellationToken::new();
@@ -224,7 +228,7 @@ async fn listen_to_workers(
 }
 
 /// Makes the data folder and returns its absolute path.
-fn private_folder(path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn private_folder(path: &Path) -> anyhow::Result<PathBuf> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)

@@ -2,9 +2,11 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Uri, header};
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, Method, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use secrecy::ExposeSecret;
@@ -13,53 +15,114 @@ use subtle::ConstantTimeEq;
 
 use super::error::{ApiError, Result};
 use crate::config::Config;
+use crate::store::{self, Store};
+use crate::types::DEFAULT_OWNER;
+use crate::types::api_key::Scope;
 
 /// Routes that answer without a key: they tell nothing of anybody's.
 const OPEN_PATHS: [&str; 4] = ["/healthz", "/readyz", "/openapi.json", "/openapi.yaml"];
 
-/// A configuration that would let anybody in.
+/// A server that must not start.
 #[derive(Debug, thiserror::Error)]
-#[error("server.listen is `{0}`, which is no loopback address: set auth.bootstrap_key first, or anybody could call")]
-pub struct OpenDoor(std::net::SocketAddr);
+pub enum Error {
+    /// A configuration that would let anybody in.
+    #[error(
+        "server.listen is `{0}`, which is no loopback address: make a key with `lorad keys create`, or set auth.bootstrap_key, \
+         first, or anybody could call"
+    )]
+    OpenDoor(std::net::SocketAddr),
+    /// Whether there are keys cannot be found out.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
 
 /// The rules for callers.
 #[derive(Debug, Clone)]
 pub struct Access {
-    key_sha256: Option<Arc<[u8; 32]>>,
+    store: Store,
+    bootstrap_sha256: Option<Arc<[u8; 32]>>,
+    /// Whether a key was ever made: from then on one is needed. It never turns back.
+    has_keys: Arc<AtomicBool>,
+}
+
+/// Whose request it is; every route that shows or changes something asks for it.
+#[derive(Debug, Clone)]
+pub(super) struct Owner(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Owner {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self> {
+        parts.extensions.get::<Self>().cloned().ok_or_else(ApiError::unauthorized)
+    }
 }
 
 impl Access {
-    /// The rules that this configuration asks for.
+    /// The rules that this configuration and the keys in the database ask for.
     ///
     /// # Errors
-    /// No key, and a listener that others than this machine can reach.
-    pub fn from_config(config: &Config) -> Result<Self, OpenDoor> {
+    /// No key, and a listener that others than this machine can reach; a database that failed.
+    pub async fn new(config: &Config, store: Store) -> Result<Self, Error> {
         let key = config.auth.bootstrap_key.as_ref();
-        if key.is_none() && !config.server.listen.ip().is_loopback() {
-            return Err(OpenDoor(config.server.listen));
+        let bootstrap_sha256 = key.map(|key| Arc::new(sha256(key.expose_secret())));
+        let has_keys = store::api_key::any(&mut *store.read().await?).await?;
+        if bootstrap_sha256.is_none() && !has_keys {
+            if !config.server.listen.ip().is_loopback() {
+                return Err(Error::OpenDoor(config.server.listen));
+            }
+            tracing::warn!(
+                "no API key (lorad keys create) and no auth.bootstrap_key: whoever can reach the loopback address of this \
+                 machine may call"
+            );
         }
-        if key.is_none() {
-            tracing::warn!("no auth.bootstrap_key: whoever can reach the loopback address of this machine may call");
-        }
-        Ok(Self { key_sha256: key.map(|key| Arc::new(sha256(key.expose_secret()))) })
+        Ok(Self { store, bootstrap_sha256, has_keys: Arc::new(AtomicBool::new(has_keys)) })
     }
 
-    fn check(&self, uri: &Uri, headers: &HeaderMap) -> Result<()> {
+    /// Whose request it is; `None`: nobody's, for a route that is open to all.
+    async fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Option<Owner>> {
         check_browser(uri, headers)?;
-        let Some(expected) = &self.key_sha256 else { return check_host(uri, headers) };
-        if OPEN_PATHS.contains(&uri.path()) {
-            return Ok(());
+        if !self.needs_key().await? {
+            check_host(uri, headers)?;
+            return Ok(Some(Owner(DEFAULT_OWNER.to_owned())));
         }
-        let given = bearer(headers).ok_or_else(ApiError::unauthorized)?;
-        let same = sha256(given).ct_eq(expected.as_ref());
-        if bool::from(same) { Ok(()) } else { Err(ApiError::unauthorized()) }
+        if OPEN_PATHS.contains(&uri.path()) {
+            return Ok(None);
+        }
+        let given = sha256(bearer(headers).ok_or_else(ApiError::unauthorized)?);
+        if self.bootstrap_sha256.as_ref().is_some_and(|expected| given.ct_eq(expected.as_ref()).into()) {
+            return Ok(Some(Owner(DEFAULT_OWNER.to_owned())));
+        }
+        // Found by its hash: how long the search takes tells nothing of the key.
+        let key = store::api_key::by_sha256(&mut *self.store.read().await?, &hex::encode(given)).await?;
+        let key = key.ok_or_else(ApiError::unauthorized)?;
+        if key.scope == Scope::Read && !method.is_safe() {
+            return Err(ApiError::read_only(method));
+        }
+        Ok(Some(Owner(key.owner)))
+    }
+
+    /// Also a key that is made while the server runs closes the door, and one that is revoked does not open it.
+    async fn needs_key(&self) -> Result<bool> {
+        if self.bootstrap_sha256.is_some() || self.has_keys.load(Ordering::Relaxed) {
+            return Ok(true);
+        }
+        let has_keys = store::api_key::any(&mut *self.store.read().await?).await?;
+        if has_keys {
+            self.has_keys.store(true, Ordering::Relaxed);
+        }
+        Ok(has_keys)
     }
 }
 
 /// Lets a request through, or answers it.
-pub(super) async fn guard(State(access): State<Access>, request: Request, next: Next) -> Response {
-    match access.check(request.uri(), request.headers()) {
-        Ok(()) => next.run(request).await,
+pub(super) async fn guard(State(access): State<Access>, mut request: Request, next: Next) -> Response {
+    match access.check(request.method(), request.uri(), request.headers()).await {
+        Ok(None) => next.run(request).await,
+        Ok(Some(owner)) => {
+            tracing::Span::current().record("owner", owner.0.as_str());
+            request.extensions_mut().insert(owner);
+            next.run(request).await
+        }
         Err(error) => error.into_response(),
     }
 }
@@ -89,7 +152,7 @@ fn check_browser(uri: &Uri, headers: &HeaderMap) -> Result<()> {
     Err(ApiError::forbidden(format!("requests from pages of other origins are refused, got origin `{origin}`")))
 }
 
-/// Without a key the name by which the caller found this server must be this machine's own.
+/// While there is no key, the name by which the caller found this server must be this machine's own.
 fn check_host(uri: &Uri, headers: &HeaderMap) -> Result<()> {
     let host = host(uri, headers).unwrap_or_default();
     if is_this_machine(host) {
@@ -117,6 +180,7 @@ fn is_this_machine(host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jobs::keys::{NewKey, create_key, revoke_key};
 
     #[test]
     fn only_names_of_this_machine_pass() {
@@ -129,13 +193,21 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_listener_for_all_needs_a_key() {
+    #[tokio::test]
+    async fn a_listener_for_all_needs_a_key() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(&folder.path().join("lorad.db")).await.expect("a database");
         let mut config = Config::default();
-        assert!(Access::from_config(&config).is_ok());
+        assert!(Access::new(&config, store.clone()).await.is_ok());
         config.server.listen = ([0, 0, 0, 0], 80).into();
-        assert!(Access::from_config(&config).is_err());
+        assert!(matches!(Access::new(&config, store.clone()).await, Err(Error::OpenDoor(_))));
         config.auth.bootstrap_key = Some("key".into());
-        assert!(Access::from_config(&config).is_ok());
+        assert!(Access::new(&config, store.clone()).await.is_ok());
+        config.auth.bootstrap_key = None;
+        let key = NewKey { name: "n".into(), owner: "o".into(), scope: Scope::Read };
+        let (made, _) = create_key(&store, key).await.expect("a key");
+        assert!(Access::new(&config, store.clone()).await.is_ok());
+        revoke_key(&store, made.id).await.expect("a revocation");
+        assert!(Access::new(&config, store).await.is_ok());
     }
 }

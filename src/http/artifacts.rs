@@ -8,13 +8,13 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::download::{Download, serve};
 use super::error::{ApiError, ErrorBody, Result};
 use super::fine_tuning_jobs::find as find_job;
 use super::list::List;
 use super::request::NoParams;
 use crate::store;
-use crate::types::DEFAULT_OWNER;
 use crate::types::artifact::{Artifact, ArtifactType, Parity, Quantization};
 
 /// An artifact.
@@ -62,11 +62,11 @@ impl From<Artifact> for ArtifactView {
     }
 }
 
-async fn find(app: &App, id: &str) -> Result<Artifact> {
+async fn find(app: &App, owner: &str, id: &str) -> Result<Artifact> {
     let no_such_artifact = || ApiError::no_such_artifact(id);
     let artifact_id = id.parse().map_err(|_| no_such_artifact())?;
     let mut conn = app.jobs.store.read().await?;
-    store::artifact::find(&mut conn, artifact_id, DEFAULT_OWNER).await?.ok_or_else(no_such_artifact)
+    store::artifact::find(&mut conn, artifact_id, owner).await?.ok_or_else(no_such_artifact)
 }
 
 /// List a job's artifacts, all in one page.
@@ -75,10 +75,11 @@ async fn find(app: &App, id: &str) -> Result<Artifact> {
     responses((status = 200, description = "Done", body = List<ArtifactView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
 ) -> Result<Json<List<ArtifactView>>> {
-    let job = find_job(&app, &id).await?;
+    let job = find_job(&app, &owner, &id).await?;
     let mut conn = app.jobs.store.read().await?;
     let artifacts = store::artifact::list(&mut conn, job.id).await?;
     let artifacts = artifacts.into_iter().map(ArtifactView::from).collect();
@@ -91,10 +92,11 @@ pub(super) async fn list(
     responses((status = 200, description = "Done", body = ArtifactView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn retrieve(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
 ) -> Result<Json<ArtifactView>> {
-    Ok(Json(find(&app, &id).await?.into()))
+    Ok(Json(find(&app, &owner, &id).await?.into()))
 }
 
 /// Download an artifact's bytes.
@@ -111,11 +113,12 @@ pub(super) async fn retrieve(
         (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn content(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
     headers: HeaderMap,
 ) -> Result<Response> {
-    let artifact = find(&app, &id).await?;
+    let artifact = find(&app, &owner, &id).await?;
     let download = Download {
         object_key: &artifact.object_key,
         filename: &artifact.filename,

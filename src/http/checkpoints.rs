@@ -7,6 +7,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::fine_tuning_jobs::find;
 use super::list::List;
@@ -59,10 +60,11 @@ impl From<Checkpoint> for CheckpointView {
     responses((status = 200, description = "Done", body = List<CheckpointView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     mut params: Params,
 ) -> Result<Json<List<CheckpointView>>> {
-    let job = find(&app, &id).await?;
+    let job = find(&app, &owner, &id).await?;
     let limit = params.limit(10, 1000)?;
     let after = params.take::<CheckpointId>("after")?;
     params.finish()?;

@@ -1,11 +1,14 @@
 //! The one place where a status code is made: every error becomes OpenAI's envelope here.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::types::inspection::Refusal;
 use crate::types::job_spec::Invalid;
 use crate::types::worker_protocol::ATTEMPT_ENDED;
 use crate::{hub, jobs, storage, store};
@@ -37,18 +40,30 @@ pub(super) struct ApiError {
     status: StatusCode,
     message: String,
     param: Option<String>,
-    code: Option<&'static str>,
+    code: Option<Cow<'static, str>>,
+    retry: Option<Retry>,
+}
+
+/// What a client that repeats requests on its own is told.
+#[derive(Debug, Clone, Copy)]
+enum Retry {
+    After { seconds: u64 },
+    Never,
 }
 
 pub(super) type Result<T, E = ApiError> = std::result::Result<T, E>;
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code: None }
+        Self { status, message: message.into(), param: None, code: None, retry: None }
     }
 
-    fn code(self, code: &'static str) -> Self {
-        Self { code: Some(code), ..self }
+    fn code(self, code: impl Into<Cow<'static, str>>) -> Self {
+        Self { code: Some(code.into()), ..self }
+    }
+
+    fn retry(self, retry: Retry) -> Self {
+        Self { retry: Some(retry), ..self }
     }
 
     fn param(self, param: impl Into<String>) -> Self {
@@ -67,8 +82,14 @@ impl ApiError {
 
     /// No key, or a wrong one.
     pub(super) fn unauthorized() -> Self {
-        let message = "Incorrect API key provided: send the configured key as `Authorization: Bearer KEY`";
+        let message = "Incorrect API key provided: send a valid key as `Authorization: Bearer KEY`";
         Self::new(StatusCode::UNAUTHORIZED, message).code("invalid_api_key")
+    }
+
+    /// A key that may only look.
+    pub(super) fn read_only(method: &axum::http::Method) -> Self {
+        let message = format!("this API key has the scope `read`, which allows GET and HEAD, not {method}");
+        Self::new(StatusCode::FORBIDDEN, message).code("insufficient_permissions")
     }
 
     /// A token that no attempt has.
@@ -154,7 +175,7 @@ impl ApiError {
                 message: self.message.clone(),
                 kind: kind.into(),
                 param: self.param.clone(),
-                code: self.code.map(str::to_owned),
+                code: self.code.as_deref().map(str::to_owned),
             },
         }
     }
@@ -162,7 +183,17 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.status, Json(self.body())).into_response()
+        let mut response = (self.status, Json(self.body())).into_response();
+        match self.retry {
+            None => (),
+            Some(Retry::After { seconds }) => {
+                response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+            }
+            Some(Retry::Never) => {
+                response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
+            }
+        }
+        response
     }
 }
 
@@ -226,6 +257,10 @@ impl From<jobs::Error> for ApiError {
             jobs::Error::Worker(_) => Self::bad_body(message),
             jobs::Error::Store(error) => error.into(),
             jobs::Error::Storage(error) => error.into(),
+            jobs::Error::TooManyInspections => Self::unavailable(message).retry(Retry::After { seconds: 5 }),
+            jobs::Error::InspectionTooLong { .. } => Self::unavailable(message).retry(Retry::Never),
+            jobs::Error::Inspection(_) => Self::bad_body(message).code("inspection_failed"),
+            jobs::Error::Refused(Refusal { code, param, .. }) => Self { param, ..Self::bad_body(message).code(code) },
             jobs::Error::Background(error) => Self::internal(&error),
         }
     }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::download::{Download, serve};
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
@@ -16,7 +17,7 @@ use super::request::{NoParams, Params};
 use crate::storage::{Stored, file_key};
 use crate::types::file::{File, FileStatus, Purpose};
 use crate::types::ids::FileId;
-use crate::types::{DEFAULT_OWNER, now_ms};
+use crate::types::now_ms;
 use crate::{jobs, store};
 
 /// Longest text field of an upload form.
@@ -112,10 +113,15 @@ struct Form {
 #[utoipa::path(post, path = "/v1/files", operation_id = "createFile", tag = "Files",
     request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, description = "Done", body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn upload(State(app): State<App>, _: NoParams, multipart: Multipart) -> Result<Json<FileView>> {
+pub(super) async fn upload(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    _: NoParams,
+    multipart: Multipart,
+) -> Result<Json<FileView>> {
     let mut form = Form::default();
     let file = match read_form(&app, multipart, &mut form).await {
-        Ok(()) => form_to_file(&form),
+        Ok(()) => form_to_file(&form, &owner),
         Err(error) => Err(error),
     };
     match file {
@@ -196,7 +202,7 @@ pub(super) fn broken_form(error: axum::extract::multipart::MultipartError) -> Ap
     ApiError::bad_body(format!("the form cannot be read: {}", error.body_text()))
 }
 
-fn form_to_file(form: &Form) -> Result<File> {
+fn form_to_file(form: &Form, owner: &str) -> Result<File> {
     let missing = |name: &str| ApiError::bad_request(name, format!("the form has no field `{name}`"));
     let purpose = form.purpose.as_deref().ok_or_else(|| missing("purpose"))?;
     let (id, filename, stored) = form.file.as_ref().ok_or_else(|| missing("file"))?;
@@ -207,7 +213,7 @@ fn form_to_file(form: &Form) -> Result<File> {
         .map(|seconds| created_at_ms + seconds * 1000);
     Ok(File {
         id: *id,
-        owner: DEFAULT_OWNER.into(),
+        owner: owner.to_owned(),
         filename: filename.clone(),
         purpose,
         size_bytes: i64::try_from(stored.size_bytes).unwrap_or(i64::MAX),
@@ -251,7 +257,11 @@ pub(super) fn expires_after(
         ("order" = Option<String>, Query, description = "`asc` or `desc` by age"),
         ("after" = Option<String>, Query, description = "Id of the last file of the page before")),
     responses((status = 200, description = "Done", body = List<FileView>), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<Json<List<FileView>>> {
+pub(super) async fn list(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    mut params: Params,
+) -> Result<Json<List<FileView>>> {
     let limit = params.limit(10_000, 10_000)?;
     let purpose = params.take("purpose")?;
     let after = params.take("after")?;
@@ -265,24 +275,30 @@ pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<J
     params.finish()?;
     let filter = store::file::Filter { purpose, after, ascending, limit: limit + 1 };
     let mut conn = app.jobs.store.read().await?;
-    let files = store::file::list(&mut conn, DEFAULT_OWNER, &filter, now_ms()).await?;
+    let files = store::file::list(&mut conn, &owner, &filter, now_ms()).await?;
     let files = files.into_iter().map(FileView::from).collect();
     Ok(Json(List::page(files, limit, |file: &FileView| file.id.clone())))
 }
 
-async fn find(app: &App, id: &str) -> Result<File> {
+/// The file of that id, if this owner has it.
+pub(super) async fn find(app: &App, owner: &str, id: &str) -> Result<File> {
     let no_such_file = || ApiError::no_such_file(id);
     let file_id = id.parse().map_err(|_| no_such_file())?;
     let mut conn = app.jobs.store.read().await?;
-    store::file::find(&mut conn, file_id, DEFAULT_OWNER, now_ms()).await?.ok_or_else(no_such_file)
+    store::file::find(&mut conn, file_id, owner, now_ms()).await?.ok_or_else(no_such_file)
 }
 
 /// Retrieve a file.
 #[utoipa::path(get, path = "/v1/files/{file_id}", operation_id = "retrieveFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
     responses((status = 200, description = "Done", body = FileView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<FileView>> {
-    Ok(Json(find(&app, &id).await?.into()))
+pub(super) async fn retrieve(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<FileView>> {
+    Ok(Json(find(&app, &owner, &id).await?.into()))
 }
 
 /// Delete a file.
@@ -291,9 +307,14 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: 
 #[utoipa::path(delete, path = "/v1/files/{file_id}", operation_id = "deleteFile", tag = "Files",
     params(("file_id" = String, Path, description = "Id of the file")),
     responses((status = 200, description = "Done", body = DeletedFile), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<DeletedFile>> {
+pub(super) async fn delete(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<DeletedFile>> {
     let file_id: FileId = id.parse().map_err(|_| ApiError::no_such_file(&id))?;
-    jobs::delete_file::delete_file(&app.jobs, DEFAULT_OWNER, file_id).await?;
+    jobs::delete_file::delete_file(&app.jobs, &owner, file_id).await?;
     Ok(Json(DeletedFile { id, object: "file", deleted: true }))
 }
 
@@ -305,11 +326,12 @@ pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>, _: No
         (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn content(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
     headers: HeaderMap,
 ) -> Result<Response> {
-    let file = find(&app, &id).await?;
+    let file = find(&app, &owner, &id).await?;
     let download = Download {
         object_key: &file.object_key,
         filename: &file.filename,

@@ -7,10 +7,12 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
 use super::request::{JsonBytes, NoParams, Params};
 use crate::store::job::Request;
+use crate::types::ORGANIZATION;
 use crate::types::artifact::ArtifactRequest;
 use crate::types::ids::JobId;
 use crate::types::job::{Job, JobError, Metadata, Status};
@@ -18,7 +20,6 @@ use crate::types::job_request::{
     DatasetFields, HyperparametersRequest, JobRequest, LoraFields, MethodRequest, SupervisedRequest, TrainingFields,
 };
 use crate::types::job_spec::JobSpec;
-use crate::types::{DEFAULT_OWNER, ORGANIZATION};
 use crate::{jobs, store};
 
 /// A fine-tuning job: OpenAI's fields, then lorad's.
@@ -128,11 +129,11 @@ impl From<Job> for JobView {
 }
 
 /// The job of that id, if this owner has it.
-pub(super) async fn find(app: &App, id: &str) -> Result<Job> {
+pub(super) async fn find(app: &App, owner: &str, id: &str) -> Result<Job> {
     let no_such_job = || ApiError::no_such_job(id);
     let job_id = id.parse().map_err(|_| no_such_job())?;
     let mut conn = app.jobs.store.read().await?;
-    store::job::find(&mut conn, job_id, DEFAULT_OWNER).await?.ok_or_else(no_such_job)
+    store::job::find(&mut conn, job_id, owner).await?.ok_or_else(no_such_job)
 }
 
 /// Create a fine-tuning job.
@@ -142,18 +143,19 @@ pub(super) async fn find(app: &App, id: &str) -> Result<Job> {
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn create(
     State(app): State<App>,
+    Owner(owner): Owner,
     _: NoParams,
     headers: HeaderMap,
     body: JsonBytes,
 ) -> Result<Json<JobView>> {
     let init_from = match JobSpec::adapter_named_in(&body.0)? {
         None => None,
-        Some(name) => Some(jobs::find_adapter::find_adapter(&app.jobs, DEFAULT_OWNER, name).await?),
+        Some(name) => Some(jobs::find_adapter::find_adapter(&app.jobs, &owner, name).await?),
     };
     let spec = JobSpec::parse(&body.0, init_from)?;
     let text = String::from_utf8_lossy(&body.0);
     let request = Request { body: &text, idempotency_key: idempotency_key(&headers)?, is_retry: is_retry(&headers) };
-    let job = jobs::create::create(&app.jobs, &app.hub, DEFAULT_OWNER, spec, request).await?;
+    let job = jobs::create::create(&app.jobs, &app.hub, &owner, spec, request).await?;
     Ok(Json(job.into()))
 }
 
@@ -179,7 +181,11 @@ pub(super) fn is_retry(headers: &HeaderMap) -> bool {
         ("metadata" = Option<BTreeMap<String, String>>, Query, style = DeepObject, explode,
             description = "`metadata[key]=value`: only jobs with this label; the literal `metadata=null`: only jobs without labels")),
     responses((status = 200, description = "Done", body = List<JobView>), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<Json<List<JobView>>> {
+pub(super) async fn list(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    mut params: Params,
+) -> Result<Json<List<JobView>>> {
     let limit = params.limit(20, 1000)?;
     let after = params.take::<JobId>("after")?;
     let metadata = params.map("metadata").into_iter().collect();
@@ -194,7 +200,7 @@ pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<J
     params.finish()?;
     let filter = store::job::Filter { after, metadata, without_metadata, limit: limit + 1 };
     let mut conn = app.jobs.store.read().await?;
-    let jobs = store::job::list(&mut conn, DEFAULT_OWNER, &filter).await?;
+    let jobs = store::job::list(&mut conn, &owner, &filter).await?;
     let jobs = jobs.into_iter().map(JobView::from).collect();
     Ok(Json(List::page(jobs, limit, |job: &JobView| job.id.clone())))
 }
@@ -203,8 +209,13 @@ pub(super) async fn list(State(app): State<App>, mut params: Params) -> Result<J
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}", operation_id = "retrieveFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
-    Ok(Json(find(&app, &id).await?.into()))
+pub(super) async fn retrieve(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<JobView>> {
+    Ok(Json(find(&app, &owner, &id).await?.into()))
 }
 
 /// Cancel a fine-tuning job.
@@ -213,9 +224,14 @@ pub(super) async fn retrieve(State(app): State<App>, Path(id): Path<String>, _: 
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", operation_id = "cancelFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
+pub(super) async fn cancel(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<JobView>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
-    let job = jobs::cancel::cancel(&app.jobs, DEFAULT_OWNER, job_id).await?;
+    let job = jobs::cancel::cancel(&app.jobs, &owner, job_id).await?;
     Ok(Json(job.into()))
 }
 
@@ -225,9 +241,14 @@ pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>, _: No
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause", operation_id = "pauseFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn pause(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
+pub(super) async fn pause(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<JobView>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
-    let job = jobs::pause::pause(&app.jobs, DEFAULT_OWNER, job_id).await?;
+    let job = jobs::pause::pause(&app.jobs, &owner, job_id).await?;
     Ok(Json(job.into()))
 }
 
@@ -237,8 +258,13 @@ pub(super) async fn pause(State(app): State<App>, Path(id): Path<String>, _: NoP
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume", operation_id = "resumeFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn resume(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<JobView>> {
+pub(super) async fn resume(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<JobView>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
-    let job = jobs::resume::resume(&app.jobs, DEFAULT_OWNER, job_id).await?;
+    let job = jobs::resume::resume(&app.jobs, &owner, job_id).await?;
     Ok(Json(job.into()))
 }

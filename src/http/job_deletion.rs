@@ -8,11 +8,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::request::NoParams;
 use crate::jobs;
 use crate::jobs::launcher::log_path;
-use crate::types::DEFAULT_OWNER;
 
 /// A job that is gone.
 #[derive(Debug, Serialize, ToSchema)]
@@ -33,9 +33,14 @@ pub(super) struct DeletedJob {
 #[utoipa::path(delete, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}", operation_id = "deleteFineTuningJob", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Done", body = DeletedJob), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn delete(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<DeletedJob>> {
+pub(super) async fn delete(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<DeletedJob>> {
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
-    for attempt in jobs::delete_job::delete_job(&app.jobs, DEFAULT_OWNER, job_id).await? {
+    for attempt in jobs::delete_job::delete_job(&app.jobs, &owner, job_id).await? {
         let log = log_path(&app.logs_dir, attempt);
         match tokio::fs::remove_file(&log).await {
             // The sweep removes it once its time is over.

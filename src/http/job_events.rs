@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::fine_tuning_jobs::find;
 use super::list::List;
@@ -87,11 +88,12 @@ impl From<Event> for EventView {
             content((List<EventView> = "application/json"), (String = "text/event-stream"))), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     headers: HeaderMap,
     mut params: Params,
 ) -> Result<Response> {
-    let job = find(&app, &id).await?;
+    let job = find(&app, &owner, &id).await?;
     let streaming = params.take("stream")?.unwrap_or(false);
     let after = params.take::<EventId>("after")?;
     if streaming {

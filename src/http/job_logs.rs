@@ -14,6 +14,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, Take};
 
 use super::App;
+use super::access::Owner;
 use super::error::{ErrorBody, Result};
 use super::fine_tuning_jobs::find;
 use super::request::Params;
@@ -35,10 +36,15 @@ const POLL: Duration = Duration::from_millis(500);
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job"),
         ("stream" = Option<bool>, Query, description = "Go on until the job ends")),
     responses((status = 200, description = "The logs", body = String, content_type = "text/plain"), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn read(State(app): State<App>, Path(id): Path<String>, mut params: Params) -> Result<Response> {
+pub(super) async fn read(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    mut params: Params,
+) -> Result<Response> {
     let following = params.take("stream")?.unwrap_or(false);
     params.finish()?;
-    let job = find(&app, &id).await?.id;
+    let job = find(&app, &owner, &id).await?.id;
     let reader = Reader { app, job, following, number: 0, log: None, in_line: false };
     let headers = [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
     Ok((headers, Body::from_stream(reader.into_stream())).into_response())

@@ -10,6 +10,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ErrorBody, Result};
 use super::fine_tuning_jobs::find;
 use super::list::List;
@@ -90,10 +91,11 @@ impl From<Dated> for MetricView {
     responses((status = 200, description = "Done; `first_id` and `last_id` are steps", body = List<MetricView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     mut params: Params,
 ) -> Result<Json<List<MetricView>>> {
-    let job = find(&app, &id).await?;
+    let job = find(&app, &owner, &id).await?;
     let limit = params.limit(10_000, 10_000)?;
     let after = params.take::<i64>("after")?.unwrap_or(0);
     params.finish()?;
@@ -108,8 +110,13 @@ pub(super) async fn list(
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "A header, then a line a step, oldest first; empty cells where nothing was evaluated", body = String, content_type = "text/csv"),
         (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn csv(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Response> {
-    let job = find(&app, &id).await?;
+pub(super) async fn csv(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Response> {
+    let job = find(&app, &owner, &id).await?;
     let headers = [
         (header::CONTENT_TYPE, "text/csv; charset=utf-8".to_owned()),
         (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{}-metrics.csv\"", job.id)),
@@ -148,8 +155,13 @@ fn line(Dated { metric, created_at_ms }: &Dated) -> String {
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")),
     responses((status = 200, description = "Training loss, smoothed and as it is, and validation loss, by step", body = String, content_type = "image/svg+xml"),
         (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn svg(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Response> {
-    let job = find(&app, &id).await?;
+pub(super) async fn svg(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Response> {
+    let job = find(&app, &owner, &id).await?;
     let losses = store::metric::losses(&mut *app.jobs.store.read().await?, job.id).await?;
     let headers = [
         (header::CONTENT_TYPE, "image/svg+xml"),

@@ -5,11 +5,11 @@ use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::fine_tuning_jobs::{JobView, idempotency_key, is_retry};
 use super::request::{NoParams, OptionalJsonBytes};
 use crate::jobs;
-use crate::types::DEFAULT_OWNER;
 use crate::types::rerun_request::RerunRequest;
 
 /// Run a fine-tuning job again: a new job with the same settings, files and seed.
@@ -23,6 +23,7 @@ use crate::types::rerun_request::RerunRequest;
     responses((status = 200, description = "The new job", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn rerun(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
     headers: HeaderMap,
@@ -31,6 +32,6 @@ pub(super) async fn rerun(
     let job_id = id.parse().map_err(|_| ApiError::no_such_job(&id))?;
     let changes = RerunRequest::parse(&body.0)?;
     let repeat = (idempotency_key(&headers)?, is_retry(&headers));
-    let job = jobs::rerun::rerun(&app.jobs, &app.hub, DEFAULT_OWNER, job_id, changes, repeat).await?;
+    let job = jobs::rerun::rerun(&app.jobs, &app.hub, &owner, job_id, changes, repeat).await?;
     Ok(Json(job.into()))
 }

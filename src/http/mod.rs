@@ -8,6 +8,7 @@ mod error;
 mod files;
 mod fine_tuning_jobs;
 mod health;
+mod inspections;
 mod job_deletion;
 mod job_events;
 mod job_logs;
@@ -39,13 +40,15 @@ use tracing::Instrument;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-pub use access::{Access, OpenDoor};
+pub use access::{Access, Error as AccessError};
 pub use error::{ErrorBody, ErrorObject};
 use server_metrics::ServerMetrics;
 
 use crate::config::Config;
 use crate::hub::Hub;
 use crate::jobs::Jobs;
+use crate::jobs::give_task::WorkerSettings;
+use crate::jobs::inspector::Inspector;
 
 /// Longest time that a request may take which is no upload, download or stream.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -56,9 +59,10 @@ pub struct App {
     jobs: Jobs,
     hub: Hub,
     access: Access,
+    inspector: Inspector,
     max_upload_bytes: u64,
     lease: Duration,
-    checkpoint_seconds: u64,
+    workers: WorkerSettings,
     /// Where the logs of workers are.
     logs_dir: PathBuf,
     metrics: ServerMetrics,
@@ -69,15 +73,16 @@ impl App {
     /// The routes' state. Once `shutdown` is cancelled, streams end and `/readyz` says no.
     ///
     /// # Errors
-    /// A configuration that would let anybody in.
-    pub fn new(config: &Config, jobs: Jobs, hub: Hub, shutdown: CancellationToken) -> Result<Self, OpenDoor> {
+    /// A configuration that would let anybody in, a database that failed.
+    pub async fn new(config: &Config, jobs: Jobs, hub: Hub, shutdown: CancellationToken) -> Result<Self, AccessError> {
         Ok(Self {
+            access: Access::new(config, jobs.store.clone()).await?,
             jobs,
             hub,
-            access: Access::from_config(config)?,
             max_upload_bytes: config.server.max_upload_bytes,
+            inspector: Inspector::new(config),
             lease: config.workers.lease(),
-            checkpoint_seconds: u64::from(config.workers.checkpoint_seconds),
+            workers: WorkerSettings::from_config(config),
             logs_dir: config.logs_dir(),
             metrics: ServerMetrics::new(),
             shutdown,
@@ -97,6 +102,9 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(job_events::list))
         .routes(routes!(job_logs::read))
         .routes(routes!(job_metrics::csv))
+        .routes(routes!(inspections::report))
+        .routes(routes!(inspections::preview))
+        .routes(routes!(inspections::estimate))
         .layer(DefaultBodyLimit::disable());
     let quick = OpenApiRouter::new()
         .routes(routes!(files::list))
@@ -185,7 +193,8 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response<Body> {
 async fn observe(State(metrics): State<ServerMetrics>, request: Request, next: Next) -> Response {
     const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
     let id = format!("req_{}", uuid::Uuid::new_v4().as_simple());
-    let span = tracing::info_span!("request", id, method = %request.method(), path = request.uri().path());
+    let path = request.uri().path();
+    let span = tracing::info_span!("request", id, method = %request.method(), path, owner = tracing::field::Empty);
     // What is no route has none: whoever asks for it could make up as many names as there is memory.
     let route = request.extensions().get::<MatchedPath>().map_or("none".into(), |path| path.as_str().to_owned());
     let method = request.method().clone();

@@ -6,10 +6,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
 use super::request::NoParams;
-use crate::types::{DEFAULT_OWNER, ORGANIZATION};
+use crate::types::ORGANIZATION;
 use crate::{jobs, store};
 
 /// A model, as OpenAI shows it.
@@ -28,12 +29,12 @@ pub(super) struct ModelView {
     owned_by: &'static str,
 }
 
-async fn all(app: &App) -> Result<Vec<ModelView>> {
+async fn all(app: &App, owner: &str) -> Result<Vec<ModelView>> {
     let hub = app.hub.clone();
     let base = tokio::task::spawn_blocking(move || hub.list()).await.map_err(jobs::Error::from)?;
     let base = base.into_iter().map(|model| (model.name, model.created_at, "system"));
     let mut conn = app.jobs.store.read().await?;
-    let tuned = store::job::models(&mut conn, DEFAULT_OWNER).await?;
+    let tuned = store::job::models(&mut conn, owner).await?;
     let tuned = tuned.into_iter().map(|model| (model.name, model.created_at_ms / 1000, ORGANIZATION));
     Ok(base.chain(tuned).map(|(id, created, owned_by)| ModelView { id, object: "model", created, owned_by }).collect())
 }
@@ -41,15 +42,20 @@ async fn all(app: &App) -> Result<Vec<ModelView>> {
 /// List models, all in one page.
 #[utoipa::path(get, path = "/v1/models", operation_id = "listModels", tag = "Models",
     responses((status = 200, description = "Done", body = List<ModelView>), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn list(State(app): State<App>, _: NoParams) -> Result<Json<List<ModelView>>> {
-    Ok(Json(List::all(all(&app).await?, |model: &ModelView| model.id.clone())))
+pub(super) async fn list(State(app): State<App>, Owner(owner): Owner, _: NoParams) -> Result<Json<List<ModelView>>> {
+    Ok(Json(List::all(all(&app, &owner).await?, |model: &ModelView| model.id.clone())))
 }
 
 /// Retrieve a model.
 #[utoipa::path(get, path = "/v1/models/{model}", operation_id = "retrieveModel", tag = "Models",
     params(("model" = String, Path, description = "Its name, `/` as `%2F`")),
     responses((status = 200, description = "Done", body = ModelView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn retrieve(State(app): State<App>, Path(name): Path<String>, _: NoParams) -> Result<Json<ModelView>> {
-    let model = all(&app).await?.into_iter().find(|model| model.id == name);
+pub(super) async fn retrieve(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(name): Path<String>,
+    _: NoParams,
+) -> Result<Json<ModelView>> {
+    let model = all(&app, &owner).await?.into_iter().find(|model| model.id == name);
     model.map(Json).ok_or_else(|| ApiError::no_such_model(&name))
 }

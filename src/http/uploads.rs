@@ -6,14 +6,15 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::App;
+use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::files::{FileView, broken_form, check_filename, check_purpose, expires_after};
 use super::request::{JsonBytes, NoParams};
 use crate::jobs::uploads;
 use crate::types::file::Purpose;
 use crate::types::ids::{PartId, UploadId};
+use crate::types::now_ms;
 use crate::types::upload::{Upload, UploadPart, UploadStatus};
-use crate::types::{DEFAULT_OWNER, now_ms};
 
 /// How long an upload takes parts, in milliseconds.
 const LIFE_MS: i64 = 3_600_000;
@@ -138,7 +139,12 @@ impl From<UploadPart> for PartView {
 /// Parts are taken for an hour.
 #[utoipa::path(post, path = "/v1/uploads", operation_id = "createUpload", tag = "Uploads", request_body = UploadRequest,
     responses((status = 200, description = "Done", body = UploadView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn create(State(app): State<App>, _: NoParams, body: JsonBytes) -> Result<Json<UploadView>> {
+pub(super) async fn create(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    _: NoParams,
+    body: JsonBytes,
+) -> Result<Json<UploadView>> {
     let UploadRequest { bytes, filename, mime_type, purpose, expires_after: expiry } = body.read()?;
     if !(1..=app.max_upload_bytes).contains(&bytes) {
         let message = format!("bytes must be from 1 to {}, got `{bytes}`", app.max_upload_bytes);
@@ -155,7 +161,7 @@ pub(super) async fn create(State(app): State<App>, _: NoParams, body: JsonBytes)
     let created_at_ms = now_ms();
     let upload = Upload {
         id: UploadId::new(),
-        owner: DEFAULT_OWNER.into(),
+        owner: owner.clone(),
         filename,
         purpose: check_purpose(&purpose)?,
         size_bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
@@ -182,6 +188,7 @@ fn upload_id(id: &str) -> Result<UploadId> {
     responses((status = 200, description = "Done", body = PartView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn add_part(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
     mut multipart: Multipart,
@@ -193,7 +200,7 @@ pub(super) async fn add_part(
         let name = field.name().unwrap_or_default().to_owned();
         return Err(ApiError::bad_request(name.clone(), format!("unknown form field `{name}`, it must be data")));
     }
-    let part = uploads::add_part(&app.jobs, DEFAULT_OWNER, id, field).await?;
+    let part = uploads::add_part(&app.jobs, &owner, id, field).await?;
     Ok(Json(part.into()))
 }
 
@@ -205,6 +212,7 @@ pub(super) async fn add_part(
     responses((status = 200, description = "Done", body = UploadView), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn complete(
     State(app): State<App>,
+    Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
     body: JsonBytes,
@@ -215,7 +223,7 @@ pub(super) async fn complete(
         .iter()
         .map(|id| id.parse().map_err(|right| ApiError::bad_request("part_ids", format!("part_ids: an id {right}"))))
         .collect::<Result<_>>()?;
-    let (upload, file) = uploads::complete(&app.jobs, DEFAULT_OWNER, id, &part_ids, md5.as_deref()).await?;
+    let (upload, file) = uploads::complete(&app.jobs, &owner, id, &part_ids, md5.as_deref()).await?;
     Ok(Json(UploadView::of(upload, Some(file.into()))))
 }
 
@@ -225,7 +233,12 @@ pub(super) async fn complete(
 #[utoipa::path(post, path = "/v1/uploads/{upload_id}/cancel", operation_id = "cancelUpload", tag = "Uploads",
     params(("upload_id" = String, Path, description = "Id of the upload")),
     responses((status = 200, description = "Done", body = UploadView), (status = "default", description = "An error", body = ErrorBody)))]
-pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>, _: NoParams) -> Result<Json<UploadView>> {
-    let upload = uploads::cancel(&app.jobs, DEFAULT_OWNER, upload_id(&id)?).await?;
+pub(super) async fn cancel(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(id): Path<String>,
+    _: NoParams,
+) -> Result<Json<UploadView>> {
+    let upload = uploads::cancel(&app.jobs, &owner, upload_id(&id)?).await?;
     Ok(Json(UploadView::of(upload, None)))
 }

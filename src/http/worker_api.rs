@@ -75,7 +75,7 @@ impl<T: DeserializeOwned + 'static, S: Send + Sync> FromRequestParts<S> for PutQ
 }
 
 async fn task(State(app): State<App>, Caller(attempt): Caller) -> Result<Json<Task>> {
-    let task = jobs::give_task::give_task(&app.jobs, &attempt, app.lease, app.checkpoint_seconds).await?;
+    let task = jobs::give_task::give_task(&app.jobs, &attempt, app.workers).await?;
     Ok(Json(task))
 }
 

@@ -46,17 +46,11 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
         started_at_ms: None,
         finished_at_ms: None,
     };
-    let JobSpec { training_file, validation_file, .. } = job.spec;
     let mut tx = jobs.store.begin_write().await?;
     if let Some(job) = repeated(&mut tx, owner, request).await? {
         return Ok(job);
     }
-    let file = store::file::find(&mut tx, training_file, owner, now_ms).await?;
-    check_purpose("training_file", &file.ok_or(Error::NoSuchTrainingFile(training_file))?)?;
-    if let Some(id) = validation_file {
-        let file = store::file::find(&mut tx, id, owner, now_ms).await?;
-        check_purpose("validation_file", &file.ok_or(Error::NoSuchValidationFile(id))?)?;
-    }
+    files_of(&mut tx, owner, &job.spec, now_ms).await?;
     if let Some(InitFrom { name, artifact_id, .. }) = &job.spec.init_from
         && store::artifact::find(&mut tx, *artifact_id, owner).await?.is_none()
     {
@@ -64,12 +58,39 @@ pub async fn create(jobs: &Jobs, hub: &Hub, owner: &str, spec: JobSpec, request:
     }
     store::job::insert(&mut tx, &job, request).await?;
     store::event::append(&mut tx, job.id, &NewEvent::created(job.id), now_ms).await?;
+    let JobSpec { training_file, validation_file, .. } = job.spec;
     store::event::append(&mut tx, job.id, &NewEvent::validating(training_file, validation_file), now_ms).await?;
     tx.commit().await?;
     tracing::info!(job.id = %job.id, model = job.spec.model, "job created");
     jobs.tell_readers();
     jobs.tell_scheduler();
     Ok(job)
+}
+
+/// Checks what can be checked of a job that is not created, and gives its files.
+///
+/// # Errors
+/// No such file, a file of another purpose, a base model that is known not to be there.
+pub async fn check(jobs: &Jobs, hub: &Hub, owner: &str, spec: &JobSpec) -> Result<(File, Option<File>)> {
+    check_model(hub, &spec.model).await?;
+    files_of(&mut *jobs.store.read().await?, owner, spec, now_ms()).await
+}
+
+/// The data sets that a specification names.
+async fn files_of(
+    conn: &mut SqliteConnection,
+    owner: &str,
+    spec: &JobSpec,
+    now_ms: i64,
+) -> Result<(File, Option<File>)> {
+    let training = store::file::find(conn, spec.training_file, owner, now_ms).await?;
+    let training = training.ok_or(Error::NoSuchTrainingFile(spec.training_file))?;
+    check_purpose("training_file", &training)?;
+    let Some(id) = spec.validation_file else { return Ok((training, None)) };
+    let validation = store::file::find(conn, id, owner, now_ms).await?;
+    let validation = validation.ok_or(Error::NoSuchValidationFile(id))?;
+    check_purpose("validation_file", &validation)?;
+    Ok((training, Some(validation)))
 }
 
 fn check_purpose(field: &'static str, file: &File) -> Result<()> {
@@ -97,7 +118,11 @@ async fn repeated(conn: &mut SqliteConnection, owner: &str, request: Request<'_>
 }
 
 /// What the model's name begins with; a model that is known not to be there is told at once, not when the job has waited.
-async fn check_model(hub: &Hub, model: &str) -> Result<String> {
+/// The name that a model made of this base has of it; where the base is known not to be there, an error.
+///
+/// # Errors
+/// No such base model.
+pub async fn check_model(hub: &Hub, model: &str) -> Result<String> {
     let (hub, model) = (hub.clone(), model.to_owned());
     let checked = tokio::task::spawn_blocking(move || {
         let base_name = Reference::parse(&model)?.name_base();

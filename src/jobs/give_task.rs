@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 
 use super::{Error, Jobs, Result};
+use crate::config::{Config, Workers};
 use crate::store;
 use crate::types::artifact::Artifact;
 use crate::types::attempt::{Attempt, TaskKind};
@@ -13,11 +14,32 @@ use crate::types::job::Job;
 use crate::types::job_spec::InitFrom;
 use crate::types::worker_protocol::{BaseModel, DataFile, Resume, StartAdapter, Task};
 
+/// What every task says of how to work.
+#[derive(Debug, Clone, Copy)]
+pub struct WorkerSettings {
+    /// How long the server bears silence.
+    pub lease: Duration,
+    /// Longest time between two checkpoints.
+    pub checkpoint_seconds: u64,
+    /// Memory that a training may have; all that the machine has where none is given.
+    pub memory_bytes: Option<u64>,
+}
+
+impl WorkerSettings {
+    /// The configuration's.
+    pub fn from_config(config: &Config) -> Self {
+        let Workers { checkpoint_seconds, memory_bytes, .. } = config.workers;
+        let memory_bytes = (memory_bytes > 0).then_some(memory_bytes);
+        Self { lease: config.workers.lease(), checkpoint_seconds: checkpoint_seconds.into(), memory_bytes }
+    }
+}
+
 /// The task of an attempt, with everything that its worker needs; the attempt is running from now on.
 ///
 /// # Errors
 /// The attempt has ended.
-pub async fn give_task(jobs: &Jobs, attempt: &Attempt, lease: Duration, checkpoint_seconds: u64) -> Result<Task> {
+pub async fn give_task(jobs: &Jobs, attempt: &Attempt, settings: WorkerSettings) -> Result<Task> {
+    let WorkerSettings { lease, checkpoint_seconds, memory_bytes } = settings;
     let mut tx = jobs.store.begin_write().await?;
     store::attempt::set_running(&mut tx, attempt.id).await?;
     let job = super::append_events::working_job(&mut tx, attempt.id).await?;
@@ -57,6 +79,7 @@ pub async fn give_task(jobs: &Jobs, attempt: &Attempt, lease: Duration, checkpoi
         lease_seconds: lease.as_secs(),
         heartbeat_seconds: (lease.as_secs() / 3).clamp(1, 5),
         checkpoint_seconds,
+        memory_bytes,
     })
 }
 

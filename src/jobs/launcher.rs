@@ -14,6 +14,7 @@ use anyhow::Context;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use secrecy::{ExposeSecret, SecretString};
+use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, Command};
 
@@ -47,6 +48,8 @@ const PASSED_ON: [&str; 22] = [
     "XDG_CACHE_HOME",
 ];
 
+/// How the names of the folders of inspections begin.
+const INSPECTION_PREFIX: &str = "inspection-";
 /// Bytes at the end of a log in which [`Launcher::last_log_lines`] looks.
 const LOG_TAIL_BYTES: u64 = 16 << 10;
 
@@ -109,32 +112,51 @@ impl Launcher {
             .mode(0o600)
             .open(&log)
             .with_context(|| format!("cannot open the log {}", log.display()))?;
-        let mut command = Command::new(&self.executable);
+        let mut command = self.command("worker", &scratch);
         command
-            .arg("worker")
             .arg("--server")
             .arg(&self.server)
-            .arg("--scratch")
-            .arg(&scratch)
-            .arg("--models-dir")
-            .arg(&self.models_dir)
-            .arg("--cache-dir")
-            .arg(&self.cache_dir)
-            .env_clear()
-            .envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
             .stdin(Stdio::piped())
             .stdout(log.try_clone().context("cannot share the log")?)
-            .stderr(log)
-            .process_group(0);
-        if self.threads > 0 {
-            command.env("RAYON_NUM_THREADS", self.threads.to_string());
-        }
+            .stderr(log);
         let mut child =
             command.spawn().with_context(|| format!("cannot start a worker from {}", self.executable.display()))?;
         let stdin = child.stdin.take().context("a worker has no stdin")?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).context("a worker has no process id")?;
         let (start_time, _) = read_stat(pid).context("a worker ended before it was told what to do")?;
         Ok(Launched { child, stdin, identity: ProcessIdentity { pid, start_time } })
+    }
+
+    /// A process of this program in that role, a process group of its own, with no more of the server's environment than it needs.
+    pub(super) fn command(&self, role: &str, scratch: &Path) -> Command {
+        let mut command = Command::new(&self.executable);
+        command
+            .arg(role)
+            .arg("--scratch")
+            .arg(scratch)
+            .arg("--models-dir")
+            .arg(&self.models_dir)
+            .arg("--cache-dir")
+            .arg(&self.cache_dir)
+            .env_clear()
+            .envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+            .process_group(0);
+        if self.threads > 0 {
+            command.env("RAYON_NUM_THREADS", self.threads.to_string());
+        }
+        command
+    }
+
+    /// A folder for the files of one inspection, which goes with its handle.
+    ///
+    /// # Errors
+    /// A folder that the operating system refuses to make.
+    pub(super) fn inspection_folder(&self) -> anyhow::Result<TempDir> {
+        private_folder(&self.scratch_dir)?;
+        tempfile::Builder::new()
+            .prefix(INSPECTION_PREFIX)
+            .tempdir_in(&self.scratch_dir)
+            .with_context(|| format!("cannot make a folder in {}", self.scratch_dir.display()))
     }
 
     /// The last lines of an attempt's log, for the reason of a failure.
@@ -156,20 +178,18 @@ impl Launcher {
 
     /// Removes what an attempt whose process is gone left in its scratch folder.
     pub fn clean_up(&self, attempt: AttemptId) {
-        let scratch = self.scratch_of(attempt);
-        match fs::remove_dir_all(&scratch) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!(folder = %scratch.display(), %error, "cannot remove a scratch folder");
-            }
-            _ => (),
-        }
+        remove_folder(&self.scratch_of(attempt));
     }
 
-    /// Removes the scratch folders of all attempts but those in `keep`: what a server that was killed left behind.
+    /// Removes the scratch folders of all attempts but those in `keep`, and those of inspections: what a server that was killed
+    /// left behind.
     pub fn clean_up_all_but(&self, keep: &[AttemptId]) {
         // A folder that is not there has nothing to clean.
         let Ok(folders) = fs::read_dir(&self.scratch_dir) else { return };
         for folder in folders.flatten() {
+            if folder.file_name().to_string_lossy().starts_with(INSPECTION_PREFIX) {
+                remove_folder(&folder.path());
+            }
             let attempt = folder.file_name().to_str().and_then(|name| name.parse::<AttemptId>().ok());
             if let Some(attempt) = attempt.filter(|attempt| !keep.contains(attempt)) {
                 self.clean_up(attempt);
@@ -261,6 +281,15 @@ fn parse_stat(stat: &str) -> Option<(i64, bool)> {
     let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
     let ended = matches!(fields.next()?, "Z" | "X" | "x");
     Some((fields.nth(18)?.parse().ok()?, ended))
+}
+
+fn remove_folder(path: &Path) {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            tracing::warn!(folder = %path.display(), %error, "cannot remove a scratch folder");
+        }
+        _ => (),
+    }
 }
 
 fn private_folder(path: &Path) -> anyhow::Result<()> {

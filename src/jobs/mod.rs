@@ -11,6 +11,8 @@ pub mod find_adapter;
 pub mod finish_attempt;
 pub mod give_task;
 pub mod heartbeat;
+pub mod inspector;
+pub mod keys;
 pub mod launcher;
 pub mod pause;
 pub mod put_artifact;
@@ -33,6 +35,7 @@ use crate::storage::{self, Storage};
 use crate::store::{self, Store};
 use crate::types::file::Purpose;
 use crate::types::ids::{FileId, JobId};
+use crate::types::inspection::Refusal;
 use crate::types::job::{Job, Status};
 
 /// Why a use case did not come about.
@@ -123,6 +126,21 @@ pub enum Error {
     /// Object storage failed.
     #[error(transparent)]
     Storage(#[from] storage::Error),
+    /// As many data sets are being looked into as may be.
+    #[error("other data sets are being looked into, try again in a few seconds")]
+    TooManyInspections,
+    /// Looking into a data set takes too long.
+    #[error("the answer takes longer than {seconds} s (limits.inspection_seconds)")]
+    InspectionTooLong {
+        /// The limit.
+        seconds: u64,
+    },
+    /// A data set cannot be looked into.
+    #[error("the data cannot be looked into: {0}")]
+    Inspection(String),
+    /// Looking into a data set found that it cannot be used.
+    #[error("{}", .0.message)]
+    Refused(Refusal),
     /// A thread of the server's own died.
     #[error("a background task failed: {0}")]
     Background(#[from] tokio::task::JoinError),

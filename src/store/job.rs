@@ -277,6 +277,21 @@ pub async fn models(conn: &mut SqliteConnection, owner: &str) -> Result<Vec<Mode
     Ok(models)
 }
 
+/// The base model of this owner's newest job on a file.
+///
+/// # Errors
+/// The database failed.
+pub async fn model_of_file(conn: &mut SqliteConnection, owner: &str, file_id: FileId) -> Result<Option<String>> {
+    let model = sqlx::query_scalar!(
+        "select base_model from job where training_file_id = ? and owner = ? order by id desc limit 1",
+        file_id,
+        owner,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(model)
+}
+
 /// The next job whose data set has to be read and that no attempt works for: by priority, then the oldest.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! The database: opening it, and one function a query. The functions take a connection, so that they compose in a transaction.
 
+pub mod api_key;
 pub mod artifact;
 pub mod attempt;
 pub mod checkpoint;

@@ -94,6 +94,12 @@ id!(
     "attempt-"
 );
 
+id!(
+    /// A key that callers show.
+    KeyId,
+    "key_"
+);
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,11 +1,13 @@
 //! Plain data that every layer speaks: ids, states, job specifications, events, the worker protocol. No I/O.
 
+pub mod api_key;
 pub mod artifact;
 pub mod attempt;
 pub mod checkpoint;
 pub mod event;
 pub mod file;
 pub mod ids;
+pub mod inspection;
 pub mod job;
 pub mod job_request;
 pub mod job_spec;
@@ -15,7 +17,7 @@ mod text;
 pub mod upload;
 pub mod worker_protocol;
 
-/// Owner of everything while a single key, or none, is configured.
+/// Owner of what callers do without a key, or with the bootstrap key.
 pub const DEFAULT_OWNER: &str = "default";
 
 /// The `{org}` of model names, and the `organization_id` of jobs.

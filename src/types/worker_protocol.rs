@@ -1,4 +1,4 @@
-//! What a worker and the server say to each other, version 3.
+//! What a worker and the server say to each other, version 4.
 //!
 //! Every request carries `Authorization: Bearer <attempt token>` and [`VERSION_HEADER`]. The task and everything about it
 //! hang on the token, so no path names a job. A repeated request changes nothing. Once the attempt has ended, or its job
@@ -15,7 +15,7 @@ use super::ids::{ArtifactId, AttemptId, FileId, JobId};
 use super::metric::Metric;
 
 /// The version that this build speaks.
-pub const VERSION: &str = "3";
+pub const VERSION: &str = "4";
 /// The header that carries it.
 pub const VERSION_HEADER: &str = "lorad-worker-protocol";
 /// The error code of a request that comes too late.
@@ -73,6 +73,8 @@ pub struct Task {
     pub heartbeat_seconds: u64,
     /// Longest time between two checkpoints.
     pub checkpoint_seconds: u64,
+    /// Memory that a training may have, in bytes; all that the machine has where none is given.
+    pub memory_bytes: Option<u64>,
 }
 
 /// The frozen model.

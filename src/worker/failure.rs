@@ -6,6 +6,7 @@ use crate::hub;
 use crate::types::event::{EventType, Level};
 use crate::types::worker_protocol::{Finish, WorkerEvent};
 use lorad_engine::data::Report;
+use lorad_engine::train::{Change, Fit};
 
 /// How serious it is, a sentence, figures.
 type Finding = (Level, String, Option<serde_json::Value>);
@@ -33,6 +34,8 @@ impl Ours {
 pub(super) enum Fault {
     /// While the validation file was read.
     OfValidationFile(lorad_engine::Error),
+    /// The training needs more memory than it may have.
+    DoesNotFit(Fit),
     /// At any other time.
     Other(lorad_engine::Error),
 }
@@ -51,6 +54,7 @@ pub(super) fn of_engine(fault: Fault, ours: &Ours) -> anyhow::Result<Finish> {
     use lorad_engine::Error;
     use lorad_engine::data::DatasetError;
     let (error, param) = match fault {
+        Fault::DoesNotFit(fit) => return Ok(failed("does_not_fit", does_not_fit(&fit), Some("training"))),
         Fault::OfValidationFile(error) => (error, "validation_file"),
         Fault::Other(error) => (error, "training_file"),
     };
@@ -134,6 +138,21 @@ fn of_report(report: &Report, untrained_tokens: &[String]) -> Vec<Finding> {
         findings.push((Level::Warn, message, None));
     }
     findings
+}
+
+/// Says how much is missing, and which settings would do.
+fn does_not_fit(fit: &Fit) -> String {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let change = |change: &Change| format!("{} {}", change.field, change.value);
+    let advice = match &fit.nearest {
+        None => "no settings make it fit, take a smaller base model".to_owned(),
+        Some(changes) => format!("it fits with {}", changes.iter().map(change).collect::<Vec<_>>().join(", ")),
+    };
+    format!(
+        "the training needs at least {} MiB of memory and may have {} MiB: {advice}",
+        mib(fit.least_host_bytes),
+        mib(fit.memory_bytes)
+    )
 }
 
 fn failed(code: &str, message: String, param: Option<&str>) -> Finish {

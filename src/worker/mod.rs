@@ -7,6 +7,7 @@
 mod artifacts;
 mod client;
 mod failure;
+pub mod inspect;
 mod report;
 mod task;
 

@@ -132,11 +132,17 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
         artifacts::check(&inputs.task, &base, &tokenizer)?;
         let context_length = llama.config().context_length;
         let mut on_progress = || progress.made();
+        let (spec, scratch) = (&inputs.task.spec, &inputs.scratch);
         let bound = Bound::begin();
-        let mut read = |path| data::validate(path, &inputs.task.spec, &tokenizer, context_length, &mut on_progress);
+        let mut read = |path: &Path| data::prepare(path, spec, &tokenizer, context_length, scratch, &mut on_progress);
         let training = read(&inputs.training_file)?;
         let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
         drop(bound);
+        let fit = train::fit(spec, &llama, &training, validation.as_ref(), inputs.task.memory_bytes)?;
+        if !fit.fits {
+            return Err(Fault::DoesNotFit(fit));
+        }
+        let (training, validation) = (training.report, validation.map(|dataset| dataset.report));
         let untrained = untrained_tokens(&base, &training.control_tokens)?.into_iter();
         let untrained = untrained.filter_map(|id| tokenizer.token_text(id)).map(str::to_owned).collect::<Vec<_>>();
         Ok((training, untrained, validation))
@@ -233,8 +239,8 @@ fn train_and_export(
         if pause.is_wanted() { ControlFlow::Break(()) } else { sent }
     };
     let checkpoint_interval = Some(Duration::from_secs(task.checkpoint_seconds));
-    let start =
-        Start { resume, init_from, validation: validation.as_ref(), memory_budget_bytes: None, checkpoint_interval };
+    let memory_budget_bytes = task.memory_bytes.map(|bytes| train::left_of(bytes, &llama)).transpose()?;
+    let start = Start { resume, init_from, validation: validation.as_ref(), memory_budget_bytes, checkpoint_interval };
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
     saved?;
     pause.set_training(false);

@@ -1,6 +1,7 @@
 //! The worker protocol, from a worker's side.
 
 use lorad::types::attempt::{AttemptOutcome, TaskKind};
+use lorad::types::worker_protocol::VERSION;
 use lorad::{jobs, store};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -109,7 +110,7 @@ async fn a_wrong_token_or_another_version_is_refused() {
     refused(&wrong, Method::GET, "task", json!({}), StatusCode::UNAUTHORIZED).await;
     let response = worker.request_in_version(Method::GET, "task", "1").send().await.expect("an answer");
     let error = error(response, StatusCode::BAD_REQUEST).await;
-    assert!(text(&error["message"]).contains("protocol 3"), "{error}");
+    assert!(text(&error["message"]).contains(&format!("protocol {VERSION}")), "{error}");
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 mod dataset;
 mod export;
+mod keys;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -74,6 +74,24 @@ async fn every_bad_row_is_told_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_training_that_does_not_fit_is_refused_with_what_would() {
+    const MIB: u64 = 1 << 20;
+    let needed = {
+        let home = Home::start(&[]).await;
+        let file = home.upload(rows(20)).await;
+        let body = json!({"model": "local:tiny.gguf", "training_file": file});
+        let (status, estimate) = home.post("/fine_tuning/jobs/estimate", &body).await;
+        assert_eq!((status, &estimate["fits"]), (200, &json!(true)), "{estimate}");
+        estimate["least_host_bytes"].as_u64().expect("bytes")
+    };
+    let home = Home::start(&[("LORAD__WORKERS__MEMORY_BYTES", &(needed / 2).to_string())]).await;
+    let file = home.upload(rows(20)).await;
+    let mib = format!("may have {} MiB", (needed / 2).div_ceil(MIB));
+    let error = failure(&home, &file, json!({})).await;
+    assert_error(&error, "does_not_fit", "training", &["needs at least", &mib, "no settings make it fit"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_lies_fails_the_job() {
     let home = Home::start(&[]).await;
     let (tiny, file) = (home.model_path("tiny.gguf"), home.upload(rows(20)).await);

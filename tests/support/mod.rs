@@ -9,10 +9,14 @@ use lorad::http::{App, public_router, worker_router};
 use lorad::hub::{Hub, Options};
 use lorad::jobs::Jobs;
 use lorad::jobs::claim::{Claimed, claim};
+use lorad::jobs::keys::{NewKey, create_key};
 use lorad::storage::Storage;
 use lorad::store::Store;
+use lorad::types::api_key::Scope;
 use lorad::types::attempt::TaskKind;
+use lorad::types::ids::KeyId;
 use lorad::types::worker_protocol::{VERSION, VERSION_HEADER};
+use lorad_engine::testing::TinyModel;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -34,6 +38,8 @@ pub(crate) struct TestApp {
     /// Tells it to end.
     pub(crate) shutdown: CancellationToken,
     client: Client,
+    /// The API key that requests show.
+    key: Option<String>,
     folder: TempDir,
     _servers: JoinSet<()>,
 }
@@ -49,17 +55,19 @@ impl TestApp {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut config = Config::default();
         config.server.data_dir = folder.path().to_owned();
+        let (models_dir, cache_dir) = (folder.path().join("models"), folder.path().join("cache"));
+        config.models.dir = Some(models_dir.clone());
+        config.models.cache_dir = Some(cache_dir.clone());
+        config.workers.executable = Some(env!("CARGO_BIN_EXE_lorad").into());
         change(&mut config);
-        let models_dir = folder.path().join("models");
         std::fs::create_dir(&models_dir).expect("a folder");
         std::fs::write(models_dir.join("tiny.gguf"), "the server never looks inside").expect("a file");
-        let cache_dir = folder.path().join("cache");
         let hub = Hub::new(Options { models_dir, cache_dir, endpoint: None, offline: true });
         let store = Store::open(&config.database_path()).await.expect("a database");
         let storage = Storage::open("memory:").expect("a storage");
         let jobs = Jobs::new(store, storage);
         let shutdown = CancellationToken::new();
-        let app = App::new(&config, jobs.clone(), hub, shutdown.clone()).expect("a safe configuration");
+        let app = App::new(&config, jobs.clone(), hub, shutdown.clone()).await.expect("a safe configuration");
 
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
@@ -68,12 +76,28 @@ impl TestApp {
         let (public, worker) = (public_router(app.clone()), worker_router(app));
         servers.spawn(async move { axum::serve(listener, public).await.expect("the server runs") });
         servers.spawn(async move { axum::serve(socket, worker).await.expect("the server runs") });
-        Self { url, jobs, shutdown, client: Client::new(), folder, _servers: servers }
+        Self { url, jobs, shutdown, client: Client::new(), key: None, folder, _servers: servers }
     }
 
     /// A request to the public API.
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client.request(method, format!("{}{path}", self.url)).timeout(Duration::from_secs(20))
+        let request = self.client.request(method, format!("{}{path}", self.url)).timeout(Duration::from_secs(20));
+        match &self.key {
+            None => request,
+            Some(key) => request.bearer_auth(key),
+        }
+    }
+
+    /// Makes a key of that owner; requests do not show it before [`TestApp::show_key`].
+    pub(crate) async fn create_key(&self, owner: &str, scope: Scope) -> (KeyId, String) {
+        let key = NewKey { name: format!("of {owner}"), owner: owner.to_owned(), scope };
+        let (key, secret) = create_key(&self.jobs.store, key).await.expect("a database");
+        (key.id, secret.expose_secret().to_owned())
+    }
+
+    /// From now on requests show this key.
+    pub(crate) fn show_key(&mut self, key: &str) {
+        self.key = Some(key.to_owned());
     }
 
     /// Sends a GET.
@@ -121,6 +145,17 @@ impl TestApp {
         let claimed = claim(&self.jobs, task, "cpu", Duration::from_secs(30)).await.expect("a database");
         let Claimed { token, .. } = claimed.expect("something to do");
         self.worker(token.expose_secret())
+    }
+
+    /// Makes a base model that can be read, `local:real.gguf`.
+    pub(crate) fn make_model(&self) {
+        TinyModel::default().write(&self.folder.path().join("models/real.gguf")).expect("a model");
+    }
+
+    /// The folders in which processes work.
+    pub(crate) fn scratch_folders(&self) -> Vec<String> {
+        let Ok(folders) = std::fs::read_dir(self.folder.path().join("scratch")) else { return Vec::new() };
+        folders.map(|folder| folder.expect("a name").file_name().to_string_lossy().into_owned()).collect()
     }
 
     /// Where the log of an attempt is, in a folder that is there.
