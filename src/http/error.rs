@@ -251,6 +251,8 @@ impl From<jobs::Error> for ApiError {
             jobs::Error::FileInUse { .. } => Self::bad_request("id", message).code("file_in_use"),
             jobs::Error::JobHasEnded { .. } => Self::bad_request("fine_tune_id", message).code("job_has_ended"),
             jobs::Error::NotDeletable { .. } => Self::bad_request("fine_tune_id", message).code("not_deletable"),
+            jobs::Error::NotExportable { .. } => Self::bad_request("fine_tune_id", message).code("not_exportable"),
+            jobs::Error::ModelInUse { .. } => Self::bad_request("model", message).code("model_in_use"),
             jobs::Error::IdempotencyKeyReused { .. } => Self::bad_request("Idempotency-Key", message),
             jobs::Error::Model(error) => error.into(),
             jobs::Error::AttemptEnded => Self::new(StatusCode::GONE, message).code(ATTEMPT_ENDED),

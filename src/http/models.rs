@@ -59,3 +59,35 @@ pub(super) async fn retrieve(
     let model = all(&app, &owner).await?.into_iter().find(|model| model.id == name);
     model.map(Json).ok_or_else(|| ApiError::no_such_model(&name))
 }
+
+/// What is left of a deleted model.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct DeletedModel {
+    /// Its name.
+    id: String,
+    /// Always `model`.
+    #[schema(value_type = String, example = "model")]
+    object: &'static str,
+    /// Always true.
+    deleted: bool,
+}
+
+/// Delete a fine-tuned model: all artifacts of its job, or the checkpoint that it is. The job stays.
+#[utoipa::path(delete, path = "/v1/models/{model}", operation_id = "deleteModel", tag = "Models",
+    params(("model" = String, Path, description = "Its name, `/` as `%2F`")),
+    responses((status = 200, description = "Done", body = DeletedModel), (status = "default", description = "An error", body = ErrorBody)))]
+pub(super) async fn delete(
+    State(app): State<App>,
+    Owner(owner): Owner,
+    Path(name): Path<String>,
+    _: NoParams,
+) -> Result<Json<DeletedModel>> {
+    if jobs::delete_model::delete_model(&app.jobs, &owner, &name).await? {
+        return Ok(Json(DeletedModel { id: name, object: "model", deleted: true }));
+    }
+    if all(&app, &owner).await?.iter().any(|model| model.id == name) {
+        let message = format!("`{name}` is a base model: only fine-tuned models can be deleted");
+        return Err(ApiError::bad_request("model", message));
+    }
+    Err(ApiError::no_such_model(&name))
+}

@@ -4,14 +4,16 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
+use sqlx::SqliteConnection;
 
+use super::exports::claim_export;
 use super::finish_attempt::fail_unreadable;
 use super::{Jobs, Result};
 use crate::store;
 use crate::store::attempt::NewAttempt;
 use crate::types::attempt::{Attempt, TaskKind};
 use crate::types::event::NewEvent;
-use crate::types::ids::AttemptId;
+use crate::types::ids::{AttemptId, JobId};
 use crate::types::job::{Job, Status};
 use crate::types::now_ms;
 
@@ -31,18 +33,26 @@ pub fn token_sha256(token: &str) -> String {
     hex::encode(Sha256::digest(token))
 }
 
-/// Takes up the next job that has to be validated, or trained, on `device`. `None`: there is none. A job that cannot be read
-/// fails, so that it keeps none of the others waiting.
+/// Takes up the next job that has to be validated, or trained, or the next export, on `device`. `None`: there is none. A job that
+/// cannot be read fails, so that it keeps none of the others waiting.
 ///
 /// # Errors
 /// The database failed.
 pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -> Result<Option<Claimed>> {
+    match task {
+        TaskKind::Validate | TaskKind::Train => claim_job(jobs, task, device, lease).await,
+        TaskKind::Export => claim_export(jobs, device, lease).await,
+    }
+}
+
+async fn claim_job(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -> Result<Option<Claimed>> {
     let now_ms = now_ms();
     let (mut tx, mut job) = loop {
         let mut tx = jobs.store.begin_write().await?;
         let next = match task {
             TaskKind::Validate => store::job::next_to_validate(&mut tx).await,
             TaskKind::Train => store::job::next_to_train(&mut tx).await,
+            TaskKind::Export => Ok(None),
         };
         match next {
             Ok(Some(job)) => break (tx, job),
@@ -61,6 +71,23 @@ pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
         store::event::append(&mut tx, job.id, &NewEvent::started(), now_ms).await?;
         job.status = Status::Running;
     }
+    let begun = begin_attempt(&mut tx, job.id, task, device, lease).await?;
+    let Some((attempt, token)) = begun else { return Ok(None) };
+    tx.commit().await?;
+    tracing::info!(job.id = %job.id, attempt = %attempt.id, number = attempt.number, %task, device, "attempt claimed");
+    jobs.tell_readers();
+    Ok(Some(Claimed { attempt, job, token }))
+}
+
+/// Adds an attempt and gives it with its worker's token; `None`: the job has one that has not ended.
+pub(super) async fn begin_attempt(
+    conn: &mut SqliteConnection,
+    job_id: JobId,
+    task: TaskKind,
+    device: &str,
+    lease: Duration,
+) -> Result<Option<(Attempt, SecretString)>> {
+    let now_ms = now_ms();
     let token = hex::encode(rand::random::<[u8; 32]>());
     let attempt = NewAttempt {
         id: AttemptId::new(),
@@ -69,13 +96,11 @@ pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
         token_sha256: token_sha256(&token),
         lease_expires_at_ms: now_ms + i64::try_from(lease.as_millis()).unwrap_or(i64::MAX / 2),
     };
-    let inserted = store::attempt::insert(&mut tx, job.id, &attempt, now_ms).await?;
-    let attempt = store::attempt::find(&mut tx, attempt.id).await?;
-    let Some(attempt) = attempt.filter(|_| inserted) else { return Ok(None) };
-    tx.commit().await?;
-    tracing::info!(job.id = %job.id, attempt = %attempt.id, number = attempt.number, %task, device, "attempt claimed");
-    jobs.tell_readers();
-    Ok(Some(Claimed { attempt, job, token: SecretString::from(token) }))
+    if !store::attempt::insert(conn, job_id, &attempt, now_ms).await? {
+        return Ok(None);
+    }
+    let attempt = store::attempt::find(conn, attempt.id).await?;
+    Ok(attempt.map(|attempt| (attempt, SecretString::from(token))))
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ pub async fn delete_job(jobs: &Jobs, owner: &str, id: JobId) -> Result<Vec<Attem
     }
     store::event::delete_of_job(&mut tx, id).await?;
     store::metric::delete_of_job(&mut tx, id).await?;
+    store::export::delete_of_job(&mut tx, id).await?;
     let mut keys = store::checkpoint::delete_of_job(&mut tx, id).await?;
     keys.extend(store::artifact::delete_of_job(&mut tx, id).await?);
     store::attempt::delete_of_job(&mut tx, id).await?;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use sqlx::SqliteConnection;
 
 use super::append_events::append_worker_events;
-use super::{Error, Jobs, Result};
+use super::{Error, Jobs, Result, exports};
 use crate::storage::file_key;
 use crate::store;
 use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
@@ -31,6 +31,7 @@ pub async fn finish_attempt(jobs: &Jobs, attempt: &Attempt, finish: Finish) -> R
         (Finish::Succeeded { trained_tokens, events }, TaskKind::Train) => {
             trained(jobs, attempt, trained_tokens, &events).await
         }
+        (finish, TaskKind::Export) => exports::finish(jobs, attempt, finish).await,
         (Finish::Failed { code, message, param, events }, _) => {
             failed(jobs, attempt, &JobError { code, message, param }, &events).await
         }
@@ -52,6 +53,9 @@ pub async fn attempt_lost(jobs: &Jobs, id: AttemptId, outcome: AttemptOutcome, d
         return Ok(false);
     }
     let mut keys = Vec::new();
+    if attempt.task == TaskKind::Export {
+        exports::lost(&mut tx, id, outcome, detail).await?;
+    }
     let job = match store::job::get(&mut tx, attempt.job_id).await {
         Err(store::Error::UnreadableJob { id, status, source }) => {
             if !status.is_final() {

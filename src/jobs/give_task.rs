@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use sqlx::SqliteConnection;
 
+use super::exports::working_export;
 use super::{Error, Jobs, Result};
 use crate::config::{Config, Workers};
 use crate::store;
-use crate::types::artifact::Artifact;
+use crate::types::artifact::{Artifact, ArtifactType};
 use crate::types::attempt::{Attempt, TaskKind};
 use crate::types::file::File;
 use crate::types::job::Job;
@@ -42,16 +43,21 @@ pub async fn give_task(jobs: &Jobs, attempt: &Attempt, settings: WorkerSettings)
     let WorkerSettings { lease, checkpoint_seconds, memory_bytes } = settings;
     let mut tx = jobs.store.begin_write().await?;
     store::attempt::set_running(&mut tx, attempt.id).await?;
-    let job = super::append_events::working_job(&mut tx, attempt.id).await?;
-    let file = store::file::get(&mut tx, job.spec.training_file).await?;
-    let file = file.ok_or(Error::NoSuchTrainingFile(job.spec.training_file))?;
-    let validation_file = match job.spec.validation_file {
-        None => None,
-        Some(id) => Some(store::file::get(&mut tx, id).await?.ok_or(Error::NoSuchValidationFile(id))?),
+    let (job, artifacts) = match attempt.task {
+        TaskKind::Export => {
+            let export = working_export(&mut tx, attempt.id).await?;
+            (store::job::get(&mut tx, export.job_id).await?.ok_or(Error::AttemptEnded)?, vec![export.request()])
+        }
+        TaskKind::Validate | TaskKind::Train => {
+            let job = super::append_events::working_job(&mut tx, attempt.id).await?;
+            let artifacts = job.spec.artifacts.clone();
+            (job, artifacts)
+        }
     };
+    let (training_file, validation_file) = data_files(&mut tx, &job, attempt.task).await?;
     let init_from = start_adapter(&mut tx, &job, attempt).await?;
     let resume = match attempt.task {
-        TaskKind::Validate => None,
+        TaskKind::Validate | TaskKind::Export => None,
         TaskKind::Train => store::checkpoint::latest(&mut tx, job.id).await?,
     };
     tx.commit().await?;
@@ -61,8 +67,8 @@ pub async fn give_task(jobs: &Jobs, attempt: &Attempt, settings: WorkerSettings)
         kind: attempt.task,
         base_model: BaseModel { name: job.spec.model },
         spec: job.spec.train,
-        artifacts: job.spec.artifacts,
-        training_file: data_file(file),
+        artifacts,
+        training_file: training_file.map(data_file),
         validation_file: validation_file.map(data_file),
         init_from: init_from.map(|artifact| StartAdapter {
             id: artifact.id,
@@ -88,9 +94,26 @@ fn data_file(file: File) -> DataFile {
     DataFile { id, filename, size_bytes: size_bytes.unsigned_abs(), sha256 }
 }
 
-/// The adapter that an attempt's training begins with.
+/// The data sets that a task reads; an export reads none, and they may be gone.
+async fn data_files(conn: &mut SqliteConnection, job: &Job, task: TaskKind) -> Result<(Option<File>, Option<File>)> {
+    if task == TaskKind::Export {
+        return Ok((None, None));
+    }
+    let id = job.spec.training_file;
+    let training = store::file::get(conn, id).await?.ok_or(Error::NoSuchTrainingFile(id))?;
+    let Some(id) = job.spec.validation_file else { return Ok((Some(training), None)) };
+    let validation = store::file::get(conn, id).await?.ok_or(Error::NoSuchValidationFile(id))?;
+    Ok((Some(training), Some(validation)))
+}
+
+/// The adapter that an attempt's training begins with, or that its export is made of.
 async fn start_adapter(conn: &mut SqliteConnection, job: &Job, attempt: &Attempt) -> Result<Option<Artifact>> {
     match (&job.spec.init_from, attempt.task) {
+        (_, TaskKind::Export) => {
+            let made = store::artifact::list(conn, job.id).await?;
+            let adapter = made.into_iter().find(|artifact| artifact.kind == ArtifactType::Adapter);
+            adapter.map(Some).ok_or_else(|| Error::NoSuchAdapter(job.model_name.clone()))
+        }
         (None, _) | (_, TaskKind::Validate) => Ok(None),
         (Some(InitFrom { name, artifact_id, .. }), TaskKind::Train) => {
             let artifact = store::artifact::find(conn, *artifact_id, &job.owner).await?;
@@ -99,7 +122,7 @@ async fn start_adapter(conn: &mut SqliteConnection, job: &Job, attempt: &Attempt
     }
 }
 
-/// Where storage has the adapter that an attempt's training begins with.
+/// Where storage has the adapter that an attempt begins with.
 ///
 /// # Errors
 /// The job or its adapter is not there.

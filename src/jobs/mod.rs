@@ -7,6 +7,8 @@ pub mod claim;
 pub mod create;
 pub mod delete_file;
 pub mod delete_job;
+pub mod delete_model;
+pub mod exports;
 pub mod find_adapter;
 pub mod finish_attempt;
 pub mod give_task;
@@ -100,6 +102,22 @@ pub enum Error {
     NotDeletable {
         /// The job.
         job: JobId,
+        /// Who needs it.
+        reason: String,
+    },
+    /// An artifact cannot be made of the job.
+    #[error("no artifact can be made of job {job}: {reason}")]
+    NotExportable {
+        /// The job.
+        job: JobId,
+        /// What is missing.
+        reason: String,
+    },
+    /// The model is needed.
+    #[error("model `{model}` cannot be deleted: {reason}")]
+    ModelInUse {
+        /// Its name.
+        model: String,
         /// Who needs it.
         reason: String,
     },

@@ -6,11 +6,11 @@ use bytes::Bytes;
 use futures::Stream;
 
 use super::append_events::working_job;
-use super::{Error, Jobs, Result};
+use super::{Error, Jobs, Result, exports};
 use crate::storage::artifact_key;
 use crate::store;
 use crate::types::artifact::{Artifact, ArtifactRequest};
-use crate::types::attempt::Attempt;
+use crate::types::attempt::{Attempt, TaskKind};
 use crate::types::ids::ArtifactId;
 use crate::types::now_ms;
 use crate::types::worker_protocol::ArtifactQuery;
@@ -28,7 +28,7 @@ where
     let id = ArtifactId::new();
     let object_key = artifact_key(&attempt.job_id.to_string(), &id.to_string());
     let stored = jobs.storage.put(&object_key, body, None).await?;
-    let artifact = Artifact {
+    let mut artifact = Artifact {
         id,
         job_id: attempt.job_id,
         attempt_id: attempt.id,
@@ -42,7 +42,7 @@ where
         created_at_ms: now_ms(),
     };
     let added = if artifact.sha256 == query.sha256 {
-        add(jobs, attempt, &artifact).await
+        add(jobs, attempt, &mut artifact).await
     } else {
         Err(Error::Worker(format!("the body has sha256 {}, announced was {}", artifact.sha256, query.sha256)))
     };
@@ -58,8 +58,13 @@ where
     }
 }
 
-async fn add(jobs: &Jobs, attempt: &Attempt, artifact: &Artifact) -> Result<Option<String>> {
+async fn add(jobs: &Jobs, attempt: &Attempt, artifact: &mut Artifact) -> Result<Option<String>> {
     let mut tx = jobs.store.begin_write().await?;
+    if attempt.task == TaskKind::Export {
+        exports::add_artifact(&mut tx, attempt, artifact).await?;
+        tx.commit().await?;
+        return Ok(None);
+    }
     let job = working_job(&mut tx, attempt.id).await?;
     let request = ArtifactRequest { kind: artifact.kind, quantization: artifact.quantization };
     if !job.spec.artifacts.contains(&request) {

@@ -198,7 +198,10 @@ impl Scheduler {
                 break;
             }
         }
-        if self.count(TaskKind::Train) == 0 {
+        // An export is short, and somebody waits for it: it goes before the next training.
+        if self.count(TaskKind::Train) + self.count(TaskKind::Export) == 0
+            && !self.claim_and_start(TaskKind::Export).await?
+        {
             self.claim_and_start(TaskKind::Train).await?;
         }
         Ok(())

@@ -6,6 +6,7 @@ use sqlx::SqliteConnection;
 use super::{Error, Result, from_json, to_json};
 use crate::types::checkpoint::Checkpoint;
 use crate::types::ids::{AttemptId, CheckpointId, JobId};
+use crate::types::job::Status;
 
 struct Row {
     id: CheckpointId,
@@ -115,6 +116,37 @@ pub async fn set_listed(conn: &mut SqliteConnection, id: CheckpointId, metrics: 
     let metrics = to_json("checkpoint.metrics", metrics)?;
     sqlx::query!("update checkpoint set listed = 1, metrics = ? where id = ?", metrics, id).execute(conn).await?;
     Ok(())
+}
+
+/// The listed checkpoint of this owner that is a model of that name, with its job and how far that is.
+///
+/// # Errors
+/// The database failed.
+pub async fn by_model_name(
+    conn: &mut SqliteConnection,
+    owner: &str,
+    name: &str,
+) -> Result<Option<(CheckpointId, JobId, Status)>> {
+    let found = sqlx::query!(
+        r#"select checkpoint.id as "id: CheckpointId", job_id as "job_id: JobId", job.status as "status: Status"
+             from checkpoint join job on job.id = checkpoint.job_id
+            where job.owner = ? and checkpoint.model_name = ? and listed = 1"#,
+        owner,
+        name,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(found.map(|found| (found.id, found.job_id, found.status)))
+}
+
+/// Removes one checkpoint and tells where its bytes are.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete(conn: &mut SqliteConnection, id: CheckpointId) -> Result<Vec<String>> {
+    let keys =
+        sqlx::query_scalar!("delete from checkpoint where id = ? returning object_key", id).fetch_all(conn).await?;
+    Ok(keys)
 }
 
 /// Removes the rows of unlisted checkpoints of lower steps, and tells where their bytes are.

@@ -130,22 +130,40 @@ pub async fn status(conn: &mut SqliteConnection, id: JobId, owner: &str) -> Resu
     Ok(status)
 }
 
-/// This owner's job that made the model of that name.
+/// The job whose model of this owner has that name.
 ///
 /// # Errors
 /// The database failed.
 pub async fn by_model_name(conn: &mut SqliteConnection, owner: &str, name: &str) -> Result<Option<Job>> {
-    let id = sqlx::query_scalar!(
-        r#"select id as "id: JobId" from job where owner = ? and model_name = ? and status = 'succeeded'"#,
-        owner,
-        name,
-    )
-    .fetch_optional(&mut *conn)
-    .await?;
-    match id {
+    match id_by_model_name(conn, owner, name).await? {
         Some(id) => get(conn, id).await,
         None => Ok(None),
     }
+}
+
+/// The id of the job whose model of this owner has that name, unless the model was deleted.
+///
+/// # Errors
+/// The database failed.
+pub async fn id_by_model_name(conn: &mut SqliteConnection, owner: &str, name: &str) -> Result<Option<JobId>> {
+    let id = sqlx::query_scalar!(
+        r#"select id as "id: JobId" from job
+            where owner = ? and model_name = ? and status = 'succeeded' and model_deleted_at_ms is null"#,
+        owner,
+        name,
+    )
+    .fetch_optional(conn)
+    .await?;
+    Ok(id)
+}
+
+/// The model of a job is not there any more.
+///
+/// # Errors
+/// The database failed.
+pub async fn set_model_deleted(conn: &mut SqliteConnection, id: JobId, now_ms: i64) -> Result<()> {
+    sqlx::query!("update job set model_deleted_at_ms = ? where id = ?", now_ms, id).execute(conn).await?;
+    Ok(())
 }
 
 /// The job that this owner asked for under that key, and the body that asked for it.
@@ -264,7 +282,7 @@ pub async fn models(conn: &mut SqliteConnection, owner: &str) -> Result<Vec<Mode
         Model,
         r#"select name, created_at_ms as "created_at_ms!"
              from (select model_name as name, finished_at_ms as created_at_ms
-                     from job where owner = ?1 and status = 'succeeded'
+                     from job where owner = ?1 and status = 'succeeded' and model_deleted_at_ms is null
                    union all
                    select checkpoint.model_name as name, checkpoint.created_at_ms as created_at_ms
                      from checkpoint join job on job.id = checkpoint.job_id

@@ -6,6 +6,7 @@ pub mod attempt;
 pub mod checkpoint;
 pub mod counts;
 pub mod event;
+pub mod export;
 pub mod file;
 pub mod job;
 pub mod metric;

@@ -10,6 +10,8 @@ text_enum! {
         Validate = "validate",
         /// Train, and make the artifacts.
         Train = "train",
+        /// Make one more artifact of a job that has succeeded.
+        Export = "export",
     }
 }
 

@@ -306,16 +306,7 @@ fn artifacts(requested: Option<Vec<ArtifactRequest>>) -> Result<Vec<ArtifactRequ
     }
     let mut artifacts = Vec::with_capacity(requested.len());
     for (index, request) in requested.into_iter().enumerate() {
-        let artifact = match (request.kind.takes_quantization(), request.quantization) {
-            (false, None) | (true, Some(_)) => request,
-            (true, None) => ArtifactRequest { quantization: gguf.quantization, ..request },
-            (false, Some(quantization)) => {
-                let param = format!("artifacts[{index}].quantization");
-                let kind = request.kind;
-                let message = format!("{param} must be absent for an artifact of type {kind}, got `{quantization}`");
-                return Err(Invalid::new(param, message));
-            }
-        };
+        let artifact = resolve(&format!("artifacts[{index}]."), request)?;
         if artifacts.contains(&artifact) {
             let param = format!("artifacts[{index}]");
             return Err(Invalid::new(param.clone(), format!("{param} is asked for twice")));
@@ -323,6 +314,30 @@ fn artifacts(requested: Option<Vec<ArtifactRequest>>) -> Result<Vec<ArtifactRequ
         artifacts.push(artifact);
     }
     Ok(artifacts)
+}
+
+impl ArtifactRequest {
+    /// Checks a request for one more artifact.
+    ///
+    /// # Errors
+    /// A field that is unknown, of the wrong type or in the wrong place.
+    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
+        resolve("", read(body)?)
+    }
+}
+
+/// An artifact with its quantization, where its kind has one; `place` is how the names of its fields begin.
+fn resolve(place: &str, request: ArtifactRequest) -> Result<ArtifactRequest, Invalid> {
+    match (request.kind.takes_quantization(), request.quantization) {
+        (false, None) | (true, Some(_)) => Ok(request),
+        (true, None) => Ok(ArtifactRequest { quantization: Some(Quantization::DEFAULT), ..request }),
+        (false, Some(quantization)) => {
+            let param = format!("{place}quantization");
+            let kind = request.kind;
+            let message = format!("{param} must be absent for an artifact of type {kind}, got `{quantization}`");
+            Err(Invalid::new(param, message))
+        }
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub mod artifact;
 pub mod attempt;
 pub mod checkpoint;
 pub mod event;
+pub mod export;
 pub mod file;
 pub mod ids;
 pub mod inspection;

@@ -57,11 +57,11 @@ pub struct Task {
     pub artifacts: Vec<ArtifactRequest>,
     /// The frozen model.
     pub base_model: BaseModel,
-    /// The data set.
-    pub training_file: DataFile,
+    /// The data set; an export has none.
+    pub training_file: Option<DataFile>,
     /// The data set whose loss is watched.
     pub validation_file: Option<DataFile>,
-    /// The adapter to begin with; a training that resumes has no use for it.
+    /// The adapter to begin with, or to export; a training that resumes has no use for it.
     pub init_from: Option<StartAdapter>,
     /// Where to go on from.
     pub resume: Option<Resume>,

@@ -6,12 +6,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use lorad_engine::Error;
-use lorad_engine::data::{ChatTemplate, Report};
+use lorad_engine::adapter::LoraParams;
+use lorad_engine::data::ChatTemplate;
 use lorad_engine::export::{self, Certificate, ExportKind, ModelCard, TrainingFacts, Tuned, Wanted};
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::Llama;
 use lorad_engine::tokenizer::Tokenizer;
-use lorad_engine::train::Outcome;
 
 use super::Progress;
 use crate::hub::Reference;
@@ -42,21 +42,20 @@ pub(super) struct Made {
     pub(super) parity: Parity,
 }
 
-/// What a training ended with.
+/// What was trained.
 pub(super) struct Trained<'a> {
     pub(super) base: &'a GgufFile,
     pub(super) model: &'a Llama,
     pub(super) tokenizer: &'a Tokenizer,
-    pub(super) outcome: &'a Outcome,
-    pub(super) report: &'a Report,
-    /// Loss of the last step.
-    pub(super) train_loss: Option<f64>,
+    pub(super) lora: &'a LoraParams,
+    /// What the model card tells of the training.
+    pub(super) facts: Option<TrainingFacts<'a>>,
 }
 
 impl Trained<'_> {
     /// Makes every artifact of the task in `scratch`.
     pub(super) fn make_artifacts(
-        &self,
+        self,
         task: &Task,
         scratch: &Path,
         progress: &Progress,
@@ -64,26 +63,18 @@ impl Trained<'_> {
         let template = ChatTemplate::for_export(&task.spec.dataset.template, self.tokenizer)?;
         let base_name = &task.base_model.name;
         let repository = Reference::parse(base_name).ok().and_then(|reference| reference.repository_id());
-        let Outcome { lora, step, trained_tokens, best, .. } = self.outcome;
         let card = ModelCard {
             name: name_suffix(&task.model_name),
             base_model: repository.as_deref().unwrap_or(base_name),
-            lora: lora.layout().spec(),
-            training: Some(TrainingFacts {
-                spec: &task.spec,
-                report: self.report,
-                steps: *step,
-                trained_tokens: *trained_tokens,
-                train_loss: self.train_loss,
-                best: *best,
-            }),
+            lora: self.lora.layout().spec(),
+            training: self.facts,
         };
         let tuned = Tuned {
             base: self.base,
             model: self.model,
             tokenizer: self.tokenizer,
             template: template.as_ref(),
-            lora,
+            lora: self.lora,
             name_suffix: name_suffix(&task.model_name),
             card: &card,
         };

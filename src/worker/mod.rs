@@ -6,6 +6,7 @@
 
 mod artifacts;
 mod client;
+mod export;
 mod failure;
 pub mod inspect;
 mod report;

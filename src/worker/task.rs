@@ -1,6 +1,6 @@
-//! The two tasks: validate a data set, and train on it.
+//! The tasks: validate a data set, train on it, and (`export.rs`) export what was trained.
 //!
-//! Both read the base model and the data set in the same way, so that what validation let pass is what training sees.
+//! The first two read the base model and the data set in the same way, so that what validation let pass is what training sees.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use lorad_engine::data;
+use lorad_engine::export::TrainingFacts;
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::{Llama, untrained_tokens};
 use lorad_engine::tokenizer::Tokenizer;
@@ -16,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::artifacts::{self, Made, Trained};
 use super::client::{Client, Error};
+use super::export::export;
 use super::failure::{self, Fault, Ours};
 use super::report::{self, Report};
 use super::{Pause, Progress};
@@ -48,16 +50,16 @@ pub(super) async fn perform(
         Err(error) => return Ok(failure::of_hub(error)?),
     };
     progress.made();
-    let training_file = scratch.join("training_file");
-    client.download(TRAINING_FILE_PATH, &training_file, &task.training_file.sha256).await?;
+    let training_file = fetch(client, TRAINING_FILE_PATH, scratch, task.training_file.as_ref().map(sha256)).await?;
     let validation_file =
         fetch(client, VALIDATION_FILE_PATH, scratch, task.validation_file.as_ref().map(sha256)).await?;
     progress.made();
     let scratch = scratch.to_owned();
-    let inputs = Inputs { base, training_file, validation_file, scratch, task: task.clone() };
+    let inputs = Inputs { base, training_file, validation_file, init_from: None, scratch, task: task.clone() };
     match task.kind {
         TaskKind::Validate => validate(inputs, progress).await,
         TaskKind::Train => train(client, inputs, (progress, pause)).await,
+        TaskKind::Export => export(client, inputs, progress).await,
     }
 }
 
@@ -89,7 +91,7 @@ fn sha256(file: &DataFile) -> &str {
 }
 
 /// Downloads what the task has, under the last part of its path.
-async fn fetch(
+pub(super) async fn fetch(
     client: &Client,
     path: &'static str,
     scratch: &Path,
@@ -102,26 +104,33 @@ async fn fetch(
 }
 
 /// What the engine's thread works on.
-struct Inputs {
+pub(super) struct Inputs {
     base: PathBuf,
-    training_file: PathBuf,
+    training_file: Option<PathBuf>,
     validation_file: Option<PathBuf>,
-    scratch: PathBuf,
-    task: Task,
+    /// The archive of the adapter to begin with, or to export.
+    pub(super) init_from: Option<PathBuf>,
+    pub(super) scratch: PathBuf,
+    pub(super) task: Task,
 }
 
 impl Inputs {
-    fn ours(&self) -> Ours {
+    pub(super) fn ours(&self) -> Ours {
         let (base, scratch) = (self.base.clone(), self.scratch.clone());
         Ours { base, base_name: self.task.base_model.name.clone(), scratch }
     }
 
-    fn load_model(&self, progress: &Progress) -> lorad_engine::Result<(GgufFile, Llama, Tokenizer)> {
+    pub(super) fn load_model(&self, progress: &Progress) -> lorad_engine::Result<(GgufFile, Llama, Tokenizer)> {
         let base = GgufFile::open(&self.base)?;
         let llama = Llama::load(&base)?;
         let tokenizer = Tokenizer::from_gguf(&base)?;
         progress.made();
         Ok((base, llama, tokenizer))
+    }
+
+    fn training_file(&self) -> lorad_engine::Result<&Path> {
+        let missing = || lorad_engine::Error::Training { step: 0, message: "the task has no training file".to_owned() };
+        self.training_file.as_deref().ok_or_else(missing)
     }
 }
 
@@ -135,7 +144,7 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
         let (spec, scratch) = (&inputs.task.spec, &inputs.scratch);
         let bound = Bound::begin();
         let mut read = |path: &Path| data::prepare(path, spec, &tokenizer, context_length, scratch, &mut on_progress);
-        let training = read(&inputs.training_file)?;
+        let training = read(inputs.training_file()?)?;
         let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
         drop(bound);
         let fit = train::fit(spec, &llama, &training, validation.as_ref(), inputs.task.memory_bytes)?;
@@ -156,7 +165,7 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
     })
 }
 
-async fn train(client: &Client, inputs: Inputs, (progress, pause): (Progress, Pause)) -> Result<Finish, Error> {
+async fn train(client: &Client, mut inputs: Inputs, (progress, pause): (Progress, Pause)) -> Result<Finish, Error> {
     let checkpoint = match &inputs.task.resume {
         None => None,
         Some(resume) => {
@@ -167,13 +176,14 @@ async fn train(client: &Client, inputs: Inputs, (progress, pause): (Progress, Pa
     };
     let adapter = inputs.task.init_from.as_ref().filter(|_| checkpoint.is_none());
     let adapter = adapter.map(|adapter| adapter.sha256.as_str());
-    let init_from = fetch(client, INIT_FROM_PATH, &inputs.scratch, adapter).await?;
-    let begin = Begin { checkpoint, init_from };
+    inputs.init_from = fetch(client, INIT_FROM_PATH, &inputs.scratch, adapter).await?;
     let ours = inputs.ours();
     let (outbox, inbox) = mpsc::channel(report::CAPACITY);
     let asked = pause.clone();
-    let engine =
-        async { Ok(on_engine_thread(move || train_and_export(&inputs, begin, &outbox, (&progress, &asked))).await?) };
+    let engine = async {
+        Ok(on_engine_thread(move || train_and_export(&inputs, checkpoint.as_deref(), &outbox, (&progress, &asked)))
+            .await?)
+    };
     let (trained, ()) = tokio::try_join!(engine, report::forward(client.clone(), inbox, pause))?;
     Ok(match trained {
         Ok(None) => Finish::Stopped,
@@ -182,17 +192,11 @@ async fn train(client: &Client, inputs: Inputs, (progress, pause): (Progress, Pa
     })
 }
 
-/// Where a training begins: files that were downloaded.
-struct Begin {
-    checkpoint: Option<PathBuf>,
-    init_from: Option<PathBuf>,
-}
-
 /// Everything of a training that happens on the engine's thread; returns the tokens that had a loss, and what the owner should
 /// know at the end. `None`: it was broken off after a step, with a checkpoint.
 fn train_and_export(
     inputs: &Inputs,
-    begin: Begin,
+    checkpoint: Option<&Path>,
     outbox: &mpsc::Sender<Report>,
     (progress, pause): (&Progress, &Pause),
 ) -> Result<Option<(i64, Vec<WorkerEvent>)>, Fault> {
@@ -204,12 +208,13 @@ fn train_and_export(
         let scratch = &inputs.scratch;
         data::prepare(path, &task.spec, &tokenizer, context_length, scratch, &mut || progress.made())
     };
-    let dataset = read(&inputs.training_file)?;
+    let dataset = read(inputs.training_file()?)?;
     let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
     drop(bound);
     progress.made();
-    let resume = begin.checkpoint.map(|path| Checkpoint::load(&path)).transpose()?;
-    let init_from = begin.init_from.map(|archive| artifacts::unpack_adapter(&archive, &inputs.scratch)).transpose()?;
+    let resume = checkpoint.map(Checkpoint::load).transpose()?;
+    let init_from =
+        inputs.init_from.as_deref().map(|archive| artifacts::unpack_adapter(archive, &inputs.scratch)).transpose()?;
     let mut saved = Ok(());
     let mut train_loss = task.resume.as_ref().and_then(|resume| resume.train_loss);
     let mut on_event = |event: TrainEvent<'_>| {
@@ -249,7 +254,15 @@ fn train_and_export(
         return Ok(None);
     }
     let (base, model, tokenizer, report) = (&base, &llama, &tokenizer, &dataset.report);
-    let trained = Trained { base, model, tokenizer, outcome: &outcome, report, train_loss };
+    let facts = TrainingFacts {
+        spec: &task.spec,
+        report,
+        steps: outcome.step,
+        trained_tokens: outcome.trained_tokens,
+        train_loss,
+        best: outcome.best,
+    };
+    let trained = Trained { base, model, tokenizer, lora: &outcome.lora, facts: Some(facts) };
     for Made { request, path, parity } in trained.make_artifacts(task, &inputs.scratch, progress)? {
         let filename = artifacts::filename(&task.model_name, &request);
         if send(outbox, Report::Artifact { path, request, filename, parity }).is_break() {
@@ -277,7 +290,7 @@ fn best_of(outcome: &Outcome, best: Best) -> WorkerEvent {
 }
 
 /// Breaks once nobody listens any more: the process is about to end.
-fn send(outbox: &mpsc::Sender<Report>, report: Report) -> ControlFlow<()> {
+pub(super) fn send(outbox: &mpsc::Sender<Report>, report: Report) -> ControlFlow<()> {
     match outbox.blocking_send(report) {
         Ok(()) => ControlFlow::Continue(()),
         Err(_) => ControlFlow::Break(()),
@@ -301,7 +314,9 @@ fn metric(step: &StepMetrics) -> Metric {
 }
 
 /// Runs `work` on a thread of its own; one that panics ends the attempt.
-async fn on_engine_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+pub(super) async fn on_engine_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
     let (sender, receiver) = oneshot::channel();
     let run = move || {
         // Nobody receives it where the process is about to end.

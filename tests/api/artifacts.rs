@@ -2,11 +2,12 @@
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use lorad::types::attempt::TaskKind;
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::support::{TestApp, column, error, parity, text};
+use crate::support::{TestApp, column, error, ok_json, parity, text};
 
 /// A server whose one job has made its artifacts; the adapter is `0123456789`.
 async fn with_artifacts() -> (TestApp, Value) {
@@ -104,4 +105,57 @@ async fn the_result_file_has_openais_header_and_a_line_a_step() {
     let lines: Vec<&str> = csv.lines().collect();
     assert_eq!(lines[..2], ["step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy", "1,2,0.5,,"]);
     assert_eq!(lines.len(), 4);
+}
+
+#[tokio::test]
+async fn one_more_artifact_has_an_id_before_it_is_made() {
+    let (app, job) = with_artifacts().await;
+    let path = format!("/v1/fine_tuning/jobs/{}/artifacts", text(&job["id"]));
+    let there = ok_json(app.post_json(&path, &json!({"type": "gguf"})).await).await;
+    assert_eq!((&there["status"], &there["filename"]), (&json!("succeeded"), &json!("model-q4_k_m.gguf")));
+    let asked = ok_json(app.post_json(&path, &json!({"type": "gguf", "quantization": "q8_0"})).await).await;
+    assert_eq!((&asked["status"], &asked["bytes"], &asked["filename"]), (&json!("queued"), &json!(null), &json!(null)));
+    let id = text(&asked["id"]);
+    assert_eq!(column(&app.get_json(&path).await, "status"), ["succeeded", "succeeded", "queued"]);
+    let early = error(app.get(&format!("/v1/artifacts/{id}/content")).await, StatusCode::BAD_REQUEST).await;
+    assert_eq!(early["param"], "id");
+
+    let worker = app.take_up(TaskKind::Export).await;
+    assert_eq!(app.get_json(&format!("/v1/artifacts/{id}")).await["status"], "running");
+    let task = worker.get("task").await;
+    assert_eq!(task["artifacts"], json!([{"type": "gguf", "quantization": "q8_0"}]));
+    assert_eq!((&task["training_file"], &task["init_from"]["size_bytes"]), (&json!(null), &json!(10)));
+    let adapter = worker.request(Method::GET, "init_from").send().await.expect("an answer");
+    assert_eq!(adapter.bytes().await.expect("a body"), "0123456789");
+    worker.put_artifact("type=gguf&quantization=q8_0&filename=m-q8_0.gguf", b"GGUF2").await;
+    worker.finish(json!({"result": "succeeded"})).await;
+    let made = app.get_json(&format!("/v1/artifacts/{id}")).await;
+    assert_eq!((&made["status"], &made["bytes"], &made["id"]), (&json!("succeeded"), &json!(5), &json!(id)));
+    assert_eq!(app.get(&format!("/v1/artifacts/{id}/content")).await.bytes().await.expect("a body"), "GGUF2");
+}
+
+#[tokio::test]
+async fn an_export_that_cannot_be_made_says_why() {
+    let (app, job) = with_artifacts().await;
+    let path = format!("/v1/fine_tuning/jobs/{}/artifacts", text(&job["id"]));
+    for (body, param) in [
+        (json!({"type": "zip"}), "type"),
+        (json!({"type": "gguf", "quantization": "q9"}), "quantization"),
+        (json!({"type": "merged", "quantization": "q8_0"}), "quantization"),
+        (json!({"type": "merged", "colour": 1}), "colour"),
+        (json!({}), "type"),
+    ] {
+        assert_eq!(error(app.post_json(&path, &body).await, StatusCode::BAD_REQUEST).await["param"], param, "{body}");
+    }
+    let asked = ok_json(app.post_json(&path, &json!({"type": "merged"})).await).await;
+    let worker = app.take_up(TaskKind::Export).await;
+    worker.finish(json!({"result": "failed", "code": "export_failed", "message": "too far off"})).await;
+    let failed = app.get_json(&format!("/v1/artifacts/{}", text(&asked["id"]))).await;
+    assert_eq!(failed["error"], json!({"code": "export_failed", "message": "too far off"}));
+    assert_eq!(app.get_json(&format!("/v1/fine_tuning/jobs/{}", text(&job["id"]))).await["status"], "succeeded");
+
+    let waiting = app.create_job(json!({})).await;
+    let path = format!("/v1/fine_tuning/jobs/{}/artifacts", text(&waiting["id"]));
+    let refused = error(app.post_json(&path, &json!({"type": "merged"})).await, StatusCode::BAD_REQUEST).await;
+    assert_eq!(refused["code"], "not_exportable", "{refused}");
 }

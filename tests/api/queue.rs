@@ -101,7 +101,9 @@ async fn higher_priorities_come_first_then_older_jobs() {
             assert_eq!(worker.get("task").await["job_id"], jobs[expected], "{task}");
             let last_word = match task {
                 TaskKind::Validate => json!({"result": "succeeded"}),
-                TaskKind::Train => json!({"result": "failed", "code": "training_failed", "message": "enough"}),
+                TaskKind::Train | TaskKind::Export => {
+                    json!({"result": "failed", "code": "training_failed", "message": "enough"})
+                }
             };
             worker.finish(last_word).await;
         }

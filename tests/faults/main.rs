@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod cancelled;
+mod exports;
 mod paused;
 mod server_killed;
 mod start_up;

@@ -190,6 +190,11 @@ impl Home {
     }
 
     /// Uploads a data set and returns its id.
+    /// Sends a DELETE and returns its status.
+    pub(crate) async fn delete(&self, path: &str) -> u16 {
+        self.http.delete(self.url(path)).send().await.expect("an answer").status().as_u16()
+    }
+
     pub(crate) async fn upload(&self, content: impl Into<Vec<u8>>) -> String {
         let file = Part::bytes(content.into()).file_name("rows.jsonl");
         let form = Form::new().text("purpose", "fine-tune").part("file", file);
