@@ -3,6 +3,8 @@
 //! A key that nobody knows is an error that names it, wherever it was written: a typo must not run a server with other
 //! settings than those that its owner believes in.
 
+mod storage;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -10,6 +12,8 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 use serde::{Deserialize, Deserializer};
+
+pub use storage::{Bucket, Location, Retention, Storage, check_endpoint};
 
 /// File that is read where no `--config` is given and it is there.
 pub const DEFAULT_FILE: &str = "lorad.toml";
@@ -58,6 +62,8 @@ pub struct Config {
     pub database: Database,
     /// Object storage.
     pub storage: Storage,
+    /// How long things are kept.
+    pub retention: Retention,
     /// Who may call.
     pub auth: Auth,
     /// Worker processes.
@@ -86,14 +92,6 @@ pub struct Server {
 pub struct Database {
     /// The database file. Default `lorad.db` in the data folder.
     pub path: Option<PathBuf>,
-}
-
-/// Object storage.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Storage {
-    /// `file:PATH`, or `memory:` (lost when the server ends). Default `file:` and `objects` in the data folder.
-    pub url: Option<String>,
 }
 
 /// Who may call.
@@ -246,7 +244,8 @@ impl Config {
                 return Err(Error::Value { key, right, value: value.to_string() });
             }
         }
-        Ok(())
+        self.storage.check(&self.storage_location()?)?;
+        self.retention.check()
     }
 
     /// The database file.
@@ -254,10 +253,13 @@ impl Config {
         self.database.path.clone().unwrap_or_else(|| self.server.data_dir.join("lorad.db"))
     }
 
-    /// Where objects are kept, as `storage.url` spells it.
-    pub fn storage_url(&self) -> String {
-        let folder = || format!("file:{}", self.server.data_dir.join("objects").display());
-        self.storage.url.clone().unwrap_or_else(folder)
+    /// Where objects are kept.
+    ///
+    /// # Errors
+    /// A `storage.url` of no known kind.
+    pub fn storage_location(&self) -> Result<Location, Error> {
+        let folder = || Ok(Location::File(self.server.data_dir.join("objects")));
+        self.storage.url.as_deref().map_or_else(folder, Location::parse)
     }
 
     /// Folder that `local:` names are in.
@@ -346,14 +348,14 @@ mod tests {
         assert_eq!(config.server.listen, SocketAddr::from(([127, 0, 0, 1], 3)));
         assert_eq!((config.server.max_upload_bytes, config.workers.lease_seconds), (10, 6));
         assert_eq!(config.auth.bootstrap_key.as_ref().map(ExposeSecret::expose_secret), Some("0012"));
-        assert_eq!(config.storage_url(), "file:/d/objects");
+        assert_eq!(config.storage_location().expect("a location"), Location::File("/d/objects".into()));
         assert_eq!(config.database_path(), Path::new("/d/lorad.db"));
     }
 
     #[test]
     fn what_cannot_be_used_is_named() {
         type Case = (&'static str, &'static [(&'static str, &'static str)], &'static [&'static str]);
-        let cases: [Case; 9] = [
+        let cases: [Case; 12] = [
             ("[server]\nlisen = \"127.0.0.1:1\"\n", &[], &["server", "lisen"]),
             ("[servers]\n", &[], &["servers"]),
             ("", &[("LORAD__WORKERS__LEASE", "5")], &["workers", "lease"]),
@@ -362,6 +364,9 @@ mod tests {
             ("[workers]\nlease_seconds = 0\n", &[], &["workers.lease_seconds", "`0`"]),
             ("[workers]\ndevices = \"cuda:0\"\n", &[], &["workers.devices", "cuda:0"]),
             ("[auth]\nbootstrap_key = \"\"\n", &[], &["auth.bootstrap_key", "empty"]),
+            ("", &[("LORAD__STORAGE__URL", "ftp://a")], &["storage.url", "`ftp://a`"]),
+            ("[storage]\nurl = \"file:a\"\nregion = \"b\"\n", &[], &["storage.region", "s3://", "`b`"]),
+            ("", &[("LORAD__RETENTION__FILES_DAYS", "0")], &["retention.files_days", "`0`"]),
             ("[server\n", &[], &["lorad.toml"]),
         ];
         for (toml, environment, words) in cases {

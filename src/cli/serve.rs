@@ -104,12 +104,13 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     let data_dir = private_folder(&config.server.data_dir)?;
     let _lock = lock(&data_dir)?;
     let store = Store::open(&config.database_path()).await.context("cannot open the database")?;
-    let storage = Storage::open(&config.storage_url())?;
+    let storage = Storage::from_config(config)?;
+    storage.probe(config).await?;
     let half_written = storage.remove_half_written().await?;
     if half_written > 0 {
         tracing::info!(count = half_written, "removed objects that an earlier server left half-written");
     }
-    let jobs = Jobs::new(store.clone(), storage);
+    let jobs = Jobs::new(store.clone(), storage.clone());
     let shutdown = CancellationToken::new();
     let app = App::new(config, jobs.clone(), Hub::from_config(config), shutdown.clone()).await?;
 
@@ -124,7 +125,10 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     let served =
         axum::serve(listener, http::public_router(app)).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     tasks.spawn(named("the API", served.into_future()));
-    tasks.spawn(named("the sweep", sweep::run(jobs.clone(), launcher.clone(), shutdown.clone())));
+    tasks.spawn(named(
+        "the sweep",
+        sweep::run(jobs.clone(), launcher.clone(), config.retention.clone(), shutdown.clone()),
+    ));
     let scheduler = Scheduler::new(config, jobs, launcher);
     let scheduled = scheduler.run(shutdown.clone());
     let gone = workers_gone.clone();
@@ -136,6 +140,9 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     tracing::info!(%address, data_dir = %data_dir.display(), "listening on http://{address}/v1");
 
     let result = supervise(tasks, (&shutdown, &workers_gone), DRAIN).await;
+    if tokio::time::timeout(DRAIN, storage.close()).await.is_err() {
+        tracing::warn!("uploads that were broken off may have left parts in the object storage");
+    }
     store.close().await;
     result
 }

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::{Path, State};
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, Method};
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -202,6 +202,7 @@ pub(super) async fn retrieve(
         ("If-None-Match" = Option<String>, Header, description = "ETags of what the client has")),
     responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
         (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 307, description = "Where the bytes are, for five minutes; only where storage.presign is on"),
         (status = 304, description = "The client has these bytes"),
         (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn content(
@@ -209,6 +210,7 @@ pub(super) async fn content(
     Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
+    method: Method,
     headers: HeaderMap,
 ) -> Result<Response> {
     let Exported::Made(artifact) = find(&app, &owner, &id).await? else {
@@ -223,5 +225,5 @@ pub(super) async fn content(
         size_bytes: artifact.size_bytes.unsigned_abs(),
         sha256: &artifact.sha256,
     };
-    serve(&app.jobs.storage, &download, &headers).await
+    serve(&app.jobs.storage, &download, (&method, &headers)).await
 }

@@ -3,13 +3,16 @@
 use std::ops::Range;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use futures::TryStreamExt;
+use secrecy::ExposeSecret;
+use tracing::Span;
 
 use super::error::{ApiError, Result};
-use crate::storage::Storage;
+use crate::storage::{self, Expected, Storage};
 
 /// An object and what its answer's headers tell of it.
 #[derive(Debug)]
@@ -32,8 +35,12 @@ enum Wanted {
     Nothing,
 }
 
-/// Answers with the bytes, with a part of them, or with `304`.
-pub(super) async fn serve(storage: &Storage, download: &Download<'_>, request: &HeaderMap) -> Result<Response> {
+/// Answers with the bytes, with a part of them, with `304`, or (where `storage.presign` is on) with where to get them.
+pub(super) async fn serve(
+    storage: &Storage,
+    download: &Download<'_>,
+    (method, request): (&Method, &HeaderMap),
+) -> Result<Response> {
     let etag = format!("\"{}\"", download.sha256);
     let text = |name: HeaderName| request.get(name).and_then(|value| value.to_str().ok());
     if text(header::IF_NONE_MATCH).is_some_and(|tags| lists(tags, &etag)) {
@@ -43,15 +50,25 @@ pub(super) async fn serve(storage: &Storage, download: &Download<'_>, request: &
     let unchanged = text(header::IF_RANGE).is_none_or(|tag| tag == etag);
     let range = text(header::RANGE).filter(|_| unchanged);
     let wanted = range.map_or(Wanted::Everything, |range| wanted(range, download.size_bytes));
-    let (status, length, body) = match &wanted {
+    let (status, length) = match &wanted {
         Wanted::Nothing => return Ok(ApiError::range_not_satisfiable(download.size_bytes)),
-        Wanted::Everything => (StatusCode::OK, download.size_bytes, storage.get(download.object_key).await?),
-        Wanted::Part(range) => {
-            let body = storage.get_range(download.object_key, range.clone()).await?;
-            (StatusCode::PARTIAL_CONTENT, range.end - range.start, body)
-        }
+        Wanted::Everything => (StatusCode::OK, download.size_bytes),
+        Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range.end - range.start),
     };
-    let mut response = (status, Body::from_stream(body)).into_response();
+    let body = if method == Method::HEAD {
+        // The database knows everything that the headers tell.
+        Body::empty()
+    } else if let Some(url) = storage.signed_url(download.object_key, &disposition(download.filename)).await? {
+        return redirect(url.expose_secret());
+    } else {
+        let Download { object_key: key, size_bytes, sha256, .. } = *download;
+        let expected = Expected { key, size_bytes, sha256: Some(sha256) };
+        streamed(match &wanted {
+            Wanted::Part(range) => storage.get_range(expected, range.clone()).await?,
+            _ => storage.get(expected).await?,
+        })
+    };
+    let mut response = (status, body).into_response();
     let headers = response.headers_mut();
     let mut set = |name: HeaderName, value: String| {
         if let Ok(value) = HeaderValue::try_from(value) {
@@ -71,6 +88,32 @@ pub(super) async fn serve(storage: &Storage, download: &Download<'_>, request: &
     if let Ok(hash) = hex::decode(download.sha256) {
         set(HeaderName::from_static("repr-digest"), format!("sha-256=:{}:", BASE64_STANDARD.encode(hash)));
     }
+    Ok(response)
+}
+
+/// Answers a worker with the whole object.
+pub(super) async fn serve_whole(storage: &Storage, expected: Expected<'_>) -> Result<Response> {
+    let body = streamed(storage.get(expected).await?);
+    Ok(([(header::CONTENT_LENGTH, expected.size_bytes)], body).into_response())
+}
+
+/// A body that breaks the connection off where storage fails: a client must not take what it got for everything.
+fn streamed(body: storage::Body) -> Body {
+    let span = Span::current();
+    Body::from_stream(body.inspect_err(move |error| {
+        span.in_scope(|| tracing::error!(error = error as &dyn std::error::Error, "a download was broken off"));
+    }))
+}
+
+/// Sends the client to a signed URL, which is a key for as long as it is good: nobody may keep it.
+fn redirect(url: &str) -> Result<Response> {
+    let mut location = HeaderValue::try_from(url).map_err(|error| ApiError::internal(&error))?;
+    location.set_sensitive(true);
+    let mut response = StatusCode::TEMPORARY_REDIRECT.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::LOCATION, location);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     Ok(response)
 }
 

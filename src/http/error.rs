@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use crate::types::inspection::Refusal;
 use crate::types::job_spec::Invalid;
-use crate::types::worker_protocol::ATTEMPT_ENDED;
+use crate::types::worker_protocol::{ATTEMPT_ENDED, OBJECT_DAMAGED};
 use crate::{hub, jobs, storage, store};
 
 /// OpenAI's error envelope.
@@ -155,6 +155,14 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
+    /// The object storage does not do what it should: logged here, and only here.
+    fn storage_unavailable(error: &storage::Error) -> Self {
+        tracing::error!(error = error as &dyn std::error::Error, "object storage failed");
+        let message = "the server's object storage does not answer as it should, try again later; the server's log has \
+                       more under this x-request-id";
+        Self::unavailable(message).code("storage_unavailable")
+    }
+
     /// A fault of the server's own: logged here, and only here.
     pub(super) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error, "request failed");
@@ -215,11 +223,17 @@ impl From<storage::Error> for ApiError {
         match error {
             storage::Error::TooLarge { limit } => Self::too_large(limit),
             storage::Error::Body(_) => Self::bad_body(error.to_string()),
-            storage::Error::Url(_)
+            storage::Error::Backend(_) | storage::Error::Silent(_) => Self::storage_unavailable(&error),
+            storage::Error::NotFound(_) | storage::Error::Damaged { .. } => {
+                tracing::error!(error = &error as &dyn std::error::Error, "an object is not what was written");
+                let message = "the server's object storage does not have these bytes any more as they were written";
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, message).code(OBJECT_DAMAGED)
+            }
+            storage::Error::Settings(_)
             | storage::Error::Folder { .. }
-            | storage::Error::NotFound(_)
-            | storage::Error::HalfWritten(_)
-            | storage::Error::Backend(_) => Self::internal(&error),
+            | storage::Error::Open(_)
+            | storage::Error::Probe { .. }
+            | storage::Error::HalfWritten(_) => Self::internal(&error),
         }
     }
 }

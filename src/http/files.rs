@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::multipart::Field;
 use axum::extract::{Multipart, Path, State};
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, Method};
 use axum::response::Response;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -323,12 +323,14 @@ pub(super) async fn delete(
     params(("file_id" = String, Path, description = "Id of the file")),
     responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
         (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 307, description = "Where the bytes are, for five minutes; only where storage.presign is on"),
         (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn content(
     State(app): State<App>,
     Owner(owner): Owner,
     Path(id): Path<String>,
     _: NoParams,
+    method: Method,
     headers: HeaderMap,
 ) -> Result<Response> {
     let file = find(&app, &owner, &id).await?;
@@ -338,5 +340,5 @@ pub(super) async fn content(
         size_bytes: file.size_bytes.unsigned_abs(),
         sha256: &file.sha256,
     };
-    serve(&app.jobs.storage, &download, &headers).await
+    serve(&app.jobs.storage, &download, (&method, &headers)).await
 }

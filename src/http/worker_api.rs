@@ -10,10 +10,14 @@ use serde::de::DeserializeOwned;
 
 use super::App;
 use super::access::bearer;
+use super::download::serve_whole;
 use super::error::{ApiError, Result};
 use super::request::JsonBytes;
 use crate::jobs::claim::token_sha256;
+use crate::storage::Expected;
+use crate::types::artifact::Artifact;
 use crate::types::attempt::{Attempt, AttemptState};
+use crate::types::file::File;
 use crate::types::worker_protocol::{
     ARTIFACTS_PATH, ArtifactQuery, CHECKPOINT_PATH, CHECKPOINTS_PATH, CheckpointQuery, EVENTS_PATH, Events,
     FINISH_PATH, Finish, HEARTBEAT_PATH, Heartbeat, INIT_FROM_PATH, Reply, TASK_PATH, TRAINING_FILE_PATH, Task,
@@ -80,18 +84,18 @@ async fn task(State(app): State<App>, Caller(attempt): Caller) -> Result<Json<Ta
 }
 
 async fn training_file(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
-    let key = jobs::give_task::training_file(&app.jobs, &attempt).await?.object_key;
-    Ok(Response::new(Body::from_stream(app.jobs.storage.get(&key).await?)))
+    let file = jobs::give_task::training_file(&app.jobs, &attempt).await?;
+    serve_whole(&app.jobs.storage, of_file(&file)).await
 }
 
 async fn validation_file(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
-    let key = jobs::give_task::validation_file(&app.jobs, &attempt).await?.object_key;
-    Ok(Response::new(Body::from_stream(app.jobs.storage.get(&key).await?)))
+    let file = jobs::give_task::validation_file(&app.jobs, &attempt).await?;
+    serve_whole(&app.jobs.storage, of_file(&file)).await
 }
 
 async fn init_from(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
-    let key = jobs::give_task::init_from(&app.jobs, &attempt).await?;
-    Ok(Response::new(Body::from_stream(app.jobs.storage.get(&key).await?)))
+    let Artifact { object_key, size_bytes, sha256, .. } = jobs::give_task::init_from(&app.jobs, &attempt).await?;
+    serve_whole(&app.jobs.storage, expected(&object_key, size_bytes, &sha256)).await
 }
 
 async fn checkpoint(State(app): State<App>, Caller(attempt): Caller) -> Result<Response> {
@@ -99,7 +103,15 @@ async fn checkpoint(State(app): State<App>, Caller(attempt): Caller) -> Result<R
     let latest = store::checkpoint::latest(&mut conn, attempt.job_id).await?;
     drop(conn);
     let latest = latest.ok_or_else(|| ApiError::bad_body(format!("job {} has no checkpoint", attempt.job_id)))?;
-    Ok(Response::new(Body::from_stream(app.jobs.storage.get(&latest.object_key).await?)))
+    serve_whole(&app.jobs.storage, expected(&latest.object_key, latest.size_bytes, &latest.sha256)).await
+}
+
+fn of_file(file: &File) -> Expected<'_> {
+    expected(&file.object_key, file.size_bytes, &file.sha256)
+}
+
+fn expected<'a>(key: &'a str, size_bytes: i64, sha256: &'a str) -> Expected<'a> {
+    Expected { key, size_bytes: size_bytes.unsigned_abs(), sha256: Some(sha256) }
 }
 
 async fn heartbeat(State(app): State<App>, Caller(attempt): Caller, body: JsonBytes) -> Result<Json<Reply>> {

@@ -122,16 +122,16 @@ async fn start_adapter(conn: &mut SqliteConnection, job: &Job, attempt: &Attempt
     }
 }
 
-/// Where storage has the adapter that an attempt begins with.
+/// The adapter that an attempt begins with.
 ///
 /// # Errors
 /// The job or its adapter is not there.
-pub async fn init_from(jobs: &Jobs, attempt: &Attempt) -> Result<String> {
+pub async fn init_from(jobs: &Jobs, attempt: &Attempt) -> Result<Artifact> {
     let mut conn = jobs.store.read().await?;
     let job = store::job::get(&mut conn, attempt.job_id).await?;
     let job = job.ok_or_else(|| Error::NoSuchJob(attempt.job_id.to_string()))?;
     let artifact = start_adapter(&mut conn, &job, attempt).await?;
-    artifact.map(|artifact| artifact.object_key).ok_or_else(|| Error::NoSuchAdapter("null".to_owned()))
+    artifact.ok_or_else(|| Error::NoSuchAdapter("null".to_owned()))
 }
 
 /// The data set of an attempt's job whose loss is watched.

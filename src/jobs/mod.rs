@@ -21,6 +21,7 @@ pub mod put_artifact;
 pub mod put_checkpoint;
 pub mod rerun;
 pub mod resume;
+mod retention;
 pub mod scheduler;
 pub mod sweep;
 #[cfg(test)]
@@ -214,11 +215,15 @@ impl Jobs {
         self.scheduler.notify_one();
     }
 
-    /// Removes objects that no row names any more; one that stays behind does no harm but its size.
+    /// Removes objects that no row names any more. One that stays behind does no harm but its size, and the sweep finds it; so
+    /// nobody waits for the rest once storage has failed.
     async fn remove_objects(&self, keys: impl IntoIterator<Item = String>) {
-        for key in keys {
+        let mut keys = keys.into_iter();
+        while let Some(key) = keys.next() {
             if let Err(error) = self.storage.delete(&key).await {
-                tracing::warn!(key, %error, "an object that nobody needs could not be removed");
+                let left = keys.count();
+                tracing::warn!(key, left, %error, "objects that nobody needs could not be removed, a later sweep will");
+                return;
             }
         }
     }

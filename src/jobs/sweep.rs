@@ -1,5 +1,5 @@
-//! Removes what nobody needs any more: files whose time is over, objects that no row names (an upload or a worker left them
-//! behind when the server was killed between the two), and old logs of workers.
+//! Removes what nobody needs any more: files whose time is over, what `[retention]` no longer keeps, objects that no row names (an
+//! upload or a worker left them behind when the server was killed between the two), and old logs of workers.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::launcher::Launcher;
-use super::{Jobs, Result, uploads};
+use super::{Jobs, Result, retention, uploads};
+use crate::config::Retention;
 use crate::storage::{FOLDERS, is_key};
 use crate::store;
 use crate::types::now_ms;
@@ -23,11 +24,12 @@ const LOG_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 ///
 /// # Errors
 /// None: a sweep that fails is logged, and the next one tries again.
-pub async fn run(jobs: Jobs, launcher: Launcher, shutdown: CancellationToken) -> Result<()> {
+pub async fn run(jobs: Jobs, launcher: Launcher, rules: Retention, shutdown: CancellationToken) -> Result<()> {
     while !shutdown.is_cancelled() {
         for (what, removed) in [
             ("files whose time is over", remove_expired(&jobs, now_ms()).await),
             ("uploads whose time is over", uploads::expire(&jobs, now_ms()).await),
+            ("things that the rules of retention no longer keep", retention::apply(&jobs, &rules, now_ms()).await),
             ("objects that nothing names", sweep(&jobs, AGE).await),
             ("old logs of workers", remove_logs(&jobs, &launcher, LOG_AGE).await),
         ] {
@@ -77,7 +79,10 @@ async fn remove_logs(jobs: &Jobs, launcher: &Launcher, age: Duration) -> Result<
 }
 
 /// Removes the objects older than `age` that no row names, and counts them.
-async fn sweep(jobs: &Jobs, age: Duration) -> Result<usize> {
+///
+/// # Errors
+/// The database or the object storage failed.
+pub async fn sweep(jobs: &Jobs, age: Duration) -> Result<usize> {
     // The objects first: one that gets its row after this look is not in the list, or its row is seen below.
     let mut keys = Vec::new();
     for folder in FOLDERS {
@@ -124,6 +129,11 @@ mod tests {
         file
     }
 
+    async fn is_there(jobs: &Jobs, key: &str) -> bool {
+        let folder = key.split('/').next().expect("a folder");
+        jobs.storage.keys_older_than(folder, Duration::ZERO).await.expect("a list").iter().any(|there| there == key)
+    }
+
     #[tokio::test]
     async fn only_what_no_row_names_is_removed() {
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -137,9 +147,9 @@ mod tests {
 
         assert_eq!(sweep(&jobs, AGE).await.expect("a sweep"), 0);
         assert_eq!(sweep(&jobs, Duration::ZERO).await.expect("a sweep"), 1);
-        assert!(jobs.storage.get(&left).await.is_err());
+        assert!(!is_there(&jobs, &left).await);
         for key in foreign.into_iter().chain([kept.object_key.as_str()]) {
-            assert!(jobs.storage.get(key).await.is_ok(), "{key} is still there");
+            assert!(is_there(&jobs, key).await, "{key} is still there");
         }
     }
 
@@ -150,8 +160,8 @@ mod tests {
         let (for_ever, for_now) = (file(&jobs, None).await, file(&jobs, Some(1000)).await);
         assert_eq!(remove_expired(&jobs, 999).await.expect("a sweep"), 0);
         assert_eq!(remove_expired(&jobs, 1000).await.expect("a sweep"), 1);
-        assert!(jobs.storage.get(&for_ever.object_key).await.is_ok());
-        assert!(jobs.storage.get(&for_now.object_key).await.is_err());
+        assert!(is_there(&jobs, &for_ever.object_key).await);
+        assert!(!is_there(&jobs, &for_now.object_key).await);
     }
 
     #[tokio::test]
@@ -162,9 +172,9 @@ mod tests {
         let unused = file(&jobs, Some(1000)).await;
         testing::add_job_with_files(&jobs, training.id, Some(validation.id)).await;
         assert_eq!(remove_expired(&jobs, 2000).await.expect("a sweep"), 1);
-        assert!(jobs.storage.get(&unused.object_key).await.is_err());
+        assert!(!is_there(&jobs, &unused.object_key).await);
         for kept in [training, validation] {
-            assert!(jobs.storage.get(&kept.object_key).await.is_ok(), "{} is still there", kept.id);
+            assert!(is_there(&jobs, &kept.object_key).await, "{} is still there", kept.id);
         }
     }
 

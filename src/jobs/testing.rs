@@ -18,7 +18,7 @@ use crate::types::job_spec::JobSpec;
 /// The use cases over an empty database in `folder` and a storage in memory.
 pub(super) async fn jobs(folder: &Path) -> Jobs {
     let store = Store::open(&folder.join("lorad.db")).await.expect("a database");
-    Jobs::new(store, Storage::open("memory:").expect("memory"))
+    Jobs::new(store, Storage::memory())
 }
 
 /// Adds a job whose data set has to be read.

@@ -9,7 +9,7 @@ use md5::{Digest, Md5};
 use sqlx::SqliteConnection;
 
 use super::{Error, Jobs, Result};
-use crate::storage::{self, Stored, file_key, upload_part_key};
+use crate::storage::{self, Expected, Stored, file_key, upload_part_key};
 use crate::store;
 use crate::types::file::{File, FileStatus};
 use crate::types::ids::{FileId, PartId, UploadId};
@@ -98,11 +98,11 @@ async fn complete_once(
         return Ok(completed);
     }
     let upload = pending(&mut conn, owner, id).await?;
-    let keys = chosen(&upload, store::upload::parts(&mut conn, id).await?, part_ids)?;
+    let parts = chosen(&upload, store::upload::parts(&mut conn, id).await?, part_ids)?;
     drop(conn);
     let file_id = FileId::new();
     let object_key = file_key(&file_id.to_string());
-    let stored = join(jobs, &object_key, keys, md5).await?;
+    let stored = join(jobs, &object_key, parts, md5).await?;
     let created_at_ms = now_ms();
     let file = File {
         id: file_id,
@@ -205,31 +205,33 @@ async fn completed(conn: &mut SqliteConnection, owner: &str, id: UploadId) -> Re
     Ok(Some((upload, file.ok_or_else(|| Error::NoSuchFile(file_id.to_string()))?)))
 }
 
-/// Where the bytes of these parts are, which must be the upload's own, each once, and as many bytes as were announced.
-fn chosen(upload: &Upload, parts: Vec<UploadPart>, part_ids: &[PartId]) -> Result<Vec<String>> {
+/// These parts, which must be the upload's own, each once, and as many bytes as were announced.
+fn chosen(upload: &Upload, parts: Vec<UploadPart>, part_ids: &[PartId]) -> Result<Vec<UploadPart>> {
     let mut there: HashMap<PartId, UploadPart> = parts.into_iter().map(|part| (part.id, part)).collect();
-    let (mut keys, mut sum) = (Vec::with_capacity(part_ids.len()), 0i64);
+    let (mut chosen, mut sum) = (Vec::with_capacity(part_ids.len()), 0i64);
     for id in part_ids {
         let part = there.remove(id).ok_or_else(|| Error::Upload {
             param: "part_ids",
             message: format!("part_ids: upload {} has no part `{id}`, or it is named twice", upload.id),
         })?;
         sum = sum.saturating_add(part.size_bytes);
-        keys.push(part.object_key);
+        chosen.push(part);
     }
     if sum != upload.size_bytes {
         let message = format!("part_ids: the parts have {sum} bytes, announced were `{}`", upload.size_bytes);
         return Err(Error::Upload { param: "part_ids", message });
     }
-    Ok(keys)
+    Ok(chosen)
 }
 
 /// Streams these objects one after the other into a new one.
-async fn join(jobs: &Jobs, key: &str, parts: Vec<String>, md5: Option<&str>) -> Result<Stored> {
+async fn join(jobs: &Jobs, key: &str, parts: Vec<UploadPart>, md5: Option<&str>) -> Result<Stored> {
     let (mut hash, storage) = (Md5::new(), jobs.storage.clone());
-    let open = move |part: String| {
+    let open = move |part: UploadPart| {
         let storage = storage.clone();
-        async move { storage.get(&part).await }
+        let (key, size_bytes) = (part.object_key, part.size_bytes.unsigned_abs());
+        // The hash of a part is not kept: the client checks the whole by its MD5.
+        async move { storage.get(Expected { key: &key, size_bytes, sha256: None }).await }
     };
     let bytes: storage::Body = stream::iter(parts).then(open).try_flatten().boxed();
     let bytes = bytes.inspect_ok(|chunk| hash.update(chunk));

@@ -88,3 +88,26 @@ pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result
         .await?;
     Ok(keys)
 }
+
+/// Removes up to `limit` rows of artifacts whose job came to its end at `before_ms` or earlier, and tells where their bytes are;
+/// those that an unfinished job begins with stay.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_older(conn: &mut SqliteConnection, before_ms: i64, limit: i64) -> Result<Vec<String>> {
+    let keys = sqlx::query_scalar!(
+        "delete from artifact where id in (
+           select artifact.id from artifact join job on job.id = artifact.job_id
+            where job.status in ('succeeded', 'failed', 'cancelled') and job.finished_at_ms <= ?
+              and artifact.id not in (select json_extract(spec, '$.init_from.artifact_id') from job
+                                       where status not in ('succeeded', 'failed', 'cancelled')
+                                         and json_extract(spec, '$.init_from.artifact_id') is not null)
+            limit ?)
+         returning object_key",
+        before_ms,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(keys)
+}

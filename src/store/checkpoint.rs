@@ -231,3 +231,23 @@ pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result
         .await?;
     Ok(keys)
 }
+
+/// Removes up to `limit` rows of checkpoints whose job came to its end at `before_ms` or earlier, and tells where their bytes
+/// are.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_older(conn: &mut SqliteConnection, before_ms: i64, limit: i64) -> Result<Vec<String>> {
+    let keys = sqlx::query_scalar!(
+        "delete from checkpoint where id in (
+           select checkpoint.id from checkpoint join job on job.id = checkpoint.job_id
+            where job.status in ('succeeded', 'failed', 'cancelled') and job.finished_at_ms <= ?
+            limit ?)
+         returning object_key",
+        before_ms,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(keys)
+}

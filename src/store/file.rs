@@ -136,3 +136,25 @@ pub async fn delete_expired(conn: &mut SqliteConnection, now_ms: i64) -> Result<
     .await?;
     Ok(keys)
 }
+
+/// Removes up to `limit` rows of files made at `before_ms` or earlier and tells where their bytes were; files in use by an
+/// unfinished job stay.
+///
+/// # Errors
+/// The database failed.
+pub async fn delete_older(conn: &mut SqliteConnection, before_ms: i64, limit: i64) -> Result<Vec<String>> {
+    let keys = sqlx::query_scalar!(
+        "delete from file where id in (
+           select file.id from file
+            where file.created_at_ms <= ?
+              and not exists (select 1 from job where (job.training_file_id = file.id or job.validation_file_id = file.id)
+                               and job.status not in ('succeeded', 'failed', 'cancelled'))
+            limit ?)
+         returning object_key",
+        before_ms,
+        limit,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(keys)
+}

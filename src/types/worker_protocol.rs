@@ -20,6 +20,8 @@ pub const VERSION: &str = "4";
 pub const VERSION_HEADER: &str = "lorad-worker-protocol";
 /// The error code of a request that comes too late.
 pub const ATTEMPT_ENDED: &str = "attempt_ended";
+/// Error code of a download whose object is gone or is not what was handed in.
+pub const OBJECT_DAMAGED: &str = "object_damaged";
 
 /// `GET`: the [`Task`].
 pub const TASK_PATH: &str = "/internal/v1/worker/task";

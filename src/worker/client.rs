@@ -21,7 +21,7 @@ use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
 use super::Progress;
-use crate::types::worker_protocol::{ATTEMPT_ENDED, VERSION, VERSION_HEADER};
+use crate::types::worker_protocol::{ATTEMPT_ENDED, OBJECT_DAMAGED, VERSION, VERSION_HEADER};
 
 /// Lease before the task says how long it is.
 const FIRST_LEASE: Duration = Duration::from_secs(30);
@@ -29,6 +29,9 @@ const FIRST_LEASE: Duration = Duration::from_secs(30);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How long an answer to a request without a large body may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How often in a row a download may break off without getting further than before.
+const MOST_BROKEN_OFF: u32 = 5;
 
 /// Bytes of a file that are read and sent at once.
 const UPLOAD_PIECE_BYTES: usize = 64 << 10;
@@ -53,6 +56,14 @@ pub(super) enum Error {
         status: StatusCode,
         /// The answer's text.
         message: String,
+    },
+    /// What the server keeps is not what it was given; asking again does not help.
+    #[error("{path} cannot be downloaded: {how}")]
+    Damaged {
+        /// Path of the request.
+        path: &'static str,
+        /// What is wrong with it.
+        how: String,
     },
     /// A file of this worker's cannot be read or written.
     #[error("{0:#}")]
@@ -129,18 +140,25 @@ impl Client {
         decode(path, response).await
     }
 
-    /// Fetches bytes into the file `target` and checks their hash; a stream that breaks off is fetched anew.
+    /// Fetches bytes into the file `target` and checks their hash; a stream that breaks off is fetched anew, unless it does so
+    /// again and again: the server breaks a stream off whose bytes are not those that it was given.
     pub(super) async fn download(&self, path: &'static str, target: &Path, sha256: &str) -> Result<(), Error> {
-        let mut furthest = 0;
+        let (mut furthest, mut broken_off) = (0, 0);
         loop {
+            let before = furthest;
             let response = self.send(Method::GET, path, Ok).await?;
             match save(response, target, &mut furthest, &self.progress).await? {
                 Some(found) if found == sha256 => return Ok(()),
                 Some(found) => {
-                    return Err(anyhow::anyhow!("{path} has sha256 {found}, expected {sha256}").into());
+                    return Err(Error::Damaged { path, how: format!("it has sha256 {found}, expected {sha256}") });
                 }
-                None => self.pause(Duration::from_millis(200)).await?,
+                None => broken_off = if furthest > before { 1 } else { broken_off + 1 },
             }
+            if broken_off == MOST_BROKEN_OFF {
+                let how = format!("it broke off {broken_off} times in a row after at most {furthest} bytes");
+                return Err(Error::Damaged { path, how });
+            }
+            self.pause(Duration::from_millis(200) * broken_off).await?;
         }
     }
 
@@ -182,7 +200,13 @@ impl Client {
             match prepare(request)?.send().await {
                 Ok(response) if response.status().is_success() => return Ok(response),
                 Ok(response) if !may_pass(response.status()) => return Err(refusal(method, path, response).await),
-                Ok(response) => tracing::debug!(path, status = %response.status(), "trying again"),
+                Ok(response) => {
+                    let refused = refusal(method.clone(), path, response).await;
+                    if matches!(refused, Error::Damaged { .. }) {
+                        return Err(refused);
+                    }
+                    tracing::debug!(path, %refused, "trying again");
+                }
                 Err(error) => tracing::debug!(path, %error, "trying again"),
             }
             self.pause(pause).await?;
@@ -221,6 +245,9 @@ async fn refusal(method: Method, path: &'static str, response: Response) -> Erro
         return Error::Ended;
     }
     let message = error["message"].as_str().unwrap_or(&text).to_owned();
+    if error["code"] == OBJECT_DAMAGED {
+        return Error::Damaged { path, how: message };
+    }
     Error::Refused { method, path, status, message }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::hub;
 use crate::types::event::{EventType, Level};
-use crate::types::worker_protocol::{Finish, WorkerEvent};
+use crate::types::worker_protocol::{Finish, INIT_FROM_PATH, TRAINING_FILE_PATH, VALIDATION_FILE_PATH, WorkerEvent};
 use lorad_engine::data::Report;
 use lorad_engine::train::{Change, Fit};
 
@@ -90,6 +90,17 @@ pub(super) fn of_hub(error: hub::Error) -> anyhow::Result<Finish> {
         hub::Error::Io { .. } => return Err(error.into()),
     };
     Ok(failed(code, error.to_string(), Some("model")))
+}
+
+/// The end of the job where the server does not have any more what the download `path` is to give.
+pub(super) fn of_damaged(path: &str, how: &str) -> Finish {
+    let (what, param) = match path {
+        TRAINING_FILE_PATH => ("the training file", Some("training_file")),
+        VALIDATION_FILE_PATH => ("the validation file", Some("validation_file")),
+        INIT_FROM_PATH => ("the adapter to begin with", Some("lora.init_from")),
+        _ => ("the checkpoint to go on from", None),
+    };
+    failed("object_damaged", format!("{what} cannot be read back from the server's storage: {how}"), param)
 }
 
 /// What the owner of the data sets should know about them; `untrained` are special tokens that the base model never learnt.

@@ -129,7 +129,10 @@ async fn attempt(client: Client, progress: Progress, options: &Options) -> Resul
     .with_progress(move || downloaded.made());
     let pause = Pause::default();
     let finish = tokio::select! {
-        finish = task::perform(&client, &task, hub, &options.scratch, (progress.clone(), pause.clone())) => finish?,
+        finish = task::perform(&client, &task, hub, &options.scratch, (progress.clone(), pause.clone())) => match finish {
+            Err(Error::Damaged { path, how }) => failure::of_damaged(path, &how),
+            finish => finish?,
+        },
         stopped = heartbeats(&client, &task, &progress, &pause) => {
             stopped?;
             Finish::Stopped

@@ -170,7 +170,8 @@ impl Home {
         step.unwrap_or_else(|| panic!("{}: no word of a resumption in {log}", newest.display()))
     }
 
-    fn url(&self, path: &str) -> String {
+    /// Where a path of the API is.
+    pub(crate) fn url(&self, path: &str) -> String {
         let (_, address) = self.server.as_ref().expect("a running server");
         format!("http://{address}/v1{path}")
     }

@@ -50,7 +50,7 @@ impl TestApp {
         Self::start_with(|_| {}).await
     }
 
-    /// A server with a changed configuration.
+    /// A server with a changed configuration; where that names no storage, objects are in memory.
     pub(crate) async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut config = Config::default();
@@ -64,7 +64,10 @@ impl TestApp {
         std::fs::write(models_dir.join("tiny.gguf"), "the server never looks inside").expect("a file");
         let hub = Hub::new(Options { models_dir, cache_dir, endpoint: None, offline: true });
         let store = Store::open(&config.database_path()).await.expect("a database");
-        let storage = Storage::open("memory:").expect("a storage");
+        let storage = match &config.storage.url {
+            None => Storage::memory(),
+            Some(_) => Storage::from_config(&config).expect("a storage"),
+        };
         let jobs = Jobs::new(store, storage);
         let shutdown = CancellationToken::new();
         let app = App::new(&config, jobs.clone(), hub, shutdown.clone()).await.expect("a safe configuration");
