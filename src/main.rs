@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use lorad::LOG_FORMAT;
 use lorad::{cli, worker};
 use tracing_subscriber::EnvFilter;
 
@@ -26,6 +27,8 @@ enum Role {
     Inspect(worker::inspect::Options),
     Train(Box<cli::train::TrainArgs>),
     Keys(cli::keys::KeysCommand),
+    Backup(cli::backup::BackupArgs),
+    Restore(cli::backup::RestoreArgs),
     Dataset(cli::dataset::DatasetCommand),
     Chat(cli::chat::ChatArgs),
     Export(cli::export::ExportArgs),
@@ -37,8 +40,7 @@ enum Role {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    start_log();
-    match run(arguments) {
+    match start_log().and_then(|()| run(arguments)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lorad: {}", cli::terminal::printable(&in_one_line(&error)));
@@ -53,6 +55,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Role::Worker(options) => worker::run(options),
         Role::Inspect(options) => worker::inspect::run(options),
         Role::Train(args) => cli::train::run(&args),
+        Role::Backup(args) => cli::backup::back_up(args),
+        Role::Restore(args) => cli::backup::restore(args),
         Role::Keys(command) => cli::keys::run(command),
         Role::Dataset(command) => cli::dataset::run(&command),
         Role::Chat(args) => cli::chat::run(&args),
@@ -74,9 +78,17 @@ fn in_one_line(error: &anyhow::Error) -> String {
     line
 }
 
-/// The log goes to stderr; `RUST_LOG` filters it, `info` unless said otherwise.
-fn start_log() {
+/// The log goes to stderr. `RUST_LOG` filters it, `info` unless said otherwise; `LORAD_LOG_FORMAT` is `text` or `json`, which is one object
+/// a line with its spans.
+fn start_log() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let is_terminal = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(is_terminal).init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match std::env::var_os(LOG_FORMAT) {
+        None => log.with_ansi(is_terminal).init(),
+        Some(format) if format == "text" => log.with_ansi(is_terminal).init(),
+        Some(format) if format == "json" => log.json().init(),
+        Some(format) => anyhow::bail!("{LOG_FORMAT} must be text or json, got `{}`", format.display()),
+    }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! One file a command.
 
+pub mod backup;
 pub mod chat;
 pub mod dataset;
 pub mod export;

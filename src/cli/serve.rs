@@ -85,7 +85,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   inspections = 2                reports, previews and estimates answered at once
   inspection_seconds = 300       how long one of them may take
 
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged.";
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged, LORAD_LOG_FORMAT (text or json) how.";
 
 /// Serves until Ctrl-C or SIGTERM.
 ///
@@ -245,7 +245,7 @@ pub(super) fn private_folder(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// Two servers on one data folder would take each other's workers for dead.
-fn lock(data_dir: &Path) -> anyhow::Result<File> {
+pub(super) fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let path = data_dir.join("lorad.lock");
     let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;

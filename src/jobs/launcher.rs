@@ -18,12 +18,13 @@ use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, Command};
 
+use crate::LOG_FORMAT;
 use crate::config::Config;
 use crate::types::ids::AttemptId;
 
 /// Variables of the server's environment that a worker sees: where programs, the home and temporary folders are, how to
 /// speak, how much to log, and how to reach a model hub.
-const PASSED_ON: [&str; 22] = [
+const PASSED_ON: [&str; 23] = [
     "PATH",
     "HOME",
     "TMPDIR",
@@ -31,6 +32,7 @@ const PASSED_ON: [&str; 22] = [
     "LC_ALL",
     "TZ",
     "RUST_LOG",
+    LOG_FORMAT,
     "RUST_BACKTRACE",
     "HF_ENDPOINT",
     "HF_TOKEN",

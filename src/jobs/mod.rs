@@ -2,6 +2,7 @@
 
 pub mod add_file;
 pub mod append_events;
+pub mod backup;
 pub mod cancel;
 pub mod claim;
 pub mod create;

@@ -208,6 +208,20 @@ pub async fn end(conn: &mut SqliteConnection, id: AttemptId, outcome: AttemptOut
     Ok(done.rows_affected() == 1)
 }
 
+/// Ends every attempt that lives, as one whose server ended.
+///
+/// # Errors
+/// The database failed.
+pub async fn end_all(conn: &mut SqliteConnection, now_ms: i64) -> Result<()> {
+    sqlx::query!(
+        "update attempt set state = 'ended', outcome = 'server_ended', ended_at_ms = ? where state <> 'ended'",
+        now_ms
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// Removes the attempts of a job, after everything that names them.
 ///
 /// # Errors

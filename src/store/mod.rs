@@ -96,6 +96,17 @@ impl Store {
         Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
     }
 
+    /// Writes what the database holds at this moment into a new file; it goes on being used meanwhile.
+    ///
+    /// # Errors
+    /// A file that is there already or cannot be written.
+    pub async fn snapshot(&self, path: &Path) -> Result<()> {
+        let path = path.to_string_lossy();
+        // Not for the macro, which would take a snapshot when it looks at the statement.
+        sqlx::query("vacuum into ?").bind(path.as_ref()).execute(&self.pool).await?;
+        Ok(())
+    }
+
     /// Asks the database for an answer.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Faults with real processes: workers and servers killed at any moment, jobs cancelled, inputs that lie.
 
+mod backup;
 mod bad_input;
 mod cancelled;
 mod exports;

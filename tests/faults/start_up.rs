@@ -1,6 +1,6 @@
 //! What a server checks before it starts, and the workers' other way to call it.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::support::{Home, rows};
 
@@ -34,4 +34,20 @@ async fn workers_may_call_over_tcp() {
     let id = home.create(&file, json!({"training": {"max_steps": 2}})).await;
     let job = home.finished(&id).await;
     assert_eq!(job["status"], "succeeded", "{job}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_story_is_under_ten_lines_of_log_and_each_is_json_on_request() {
+    let home = Home::start(&[("LORAD_LOG_FORMAT", "json")]).await;
+    let file = home.upload(rows(12)).await;
+    let id = home.create(&file, json!({"training": {"max_steps": 2}})).await;
+    assert_eq!(home.finished(&id).await["status"], "succeeded");
+    let log = home.log();
+    let lines: Vec<Value> =
+        log.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect();
+    assert!(lines.iter().all(|line| line["level"].is_string() && line["timestamp"].is_string()), "{log}");
+    let story = log.lines().filter(|line| line.contains(&id)).count();
+    assert!((3..10).contains(&story), "{story} lines of {log}");
+    let (status, output) = home.run_server("other", &[("LORAD_LOG_FORMAT", "xml")]);
+    assert!(!status.success() && output.contains("LORAD_LOG_FORMAT") && output.contains("xml"), "{output}");
 }

@@ -61,6 +61,20 @@ impl Home {
         self.folder.path().join("models").join(name)
     }
 
+    /// A path of this home's folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs another command of the program in this home's folder, and gives what it said.
+    pub(crate) fn lorad(&self, arguments: &[&str]) -> Result<String, String> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
+        command.args(arguments).current_dir(self.folder.path()).env_clear().env("HOME", self.folder.path());
+        let output = command.output().expect("a process");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() { Ok(said) } else { Err(said) }
+    }
+
     fn data(&self) -> PathBuf {
         self.folder.path().join("data")
     }
