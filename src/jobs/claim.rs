@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
+use sqlx::SqliteConnection;
 
 use super::finish_attempt::fail_unreadable;
 use super::{Jobs, Result};
@@ -40,11 +41,7 @@ pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
     let now_ms = now_ms();
     let (mut tx, mut job) = loop {
         let mut tx = jobs.store.begin_write().await?;
-        let next = match task {
-            TaskKind::Validate => store::job::next_to_validate(&mut tx).await,
-            TaskKind::Train => store::job::next_to_train(&mut tx).await,
-        };
-        match next {
+        match next(&mut tx, task).await {
             Ok(Some(job)) => break (tx, job),
             Ok(None) => return Ok(None),
             Err(store::Error::UnreadableJob { id, status, source }) => {
@@ -76,6 +73,17 @@ pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
     tracing::info!(job.id = %job.id, attempt = %attempt.id, number = attempt.number, %task, device, "attempt claimed");
     jobs.tell_readers();
     Ok(Some(Claimed { attempt, job, token: SecretString::from(token) }))
+}
+
+/// The next job that needs the task; one whose training was interrupted comes before one that waits.
+async fn next(conn: &mut SqliteConnection, task: TaskKind) -> store::Result<Option<Job>> {
+    match task {
+        TaskKind::Validate => store::job::next_in(conn, Status::ValidatingFiles).await,
+        TaskKind::Train => match store::job::next_in(conn, Status::Running).await? {
+            None => store::job::next_in(conn, Status::Queued).await,
+            interrupted => Ok(interrupted),
+        },
+    }
 }
 
 #[cfg(test)]
