@@ -1,7 +1,10 @@
 //! The scheduler: watches the attempts that run, ends those whose process is gone, and claims jobs for free devices.
 //!
 //! `Scheduler::tick` reads what is to do from the database and may run at any time and twice; everything that wakes it only
-//! saves waiting. What is kept in memory is about processes: which of them live, and since when one was told to stop.
+//! saves waiting. What is kept in memory is about processes: which of them live, since when one was told to stop, and for how
+//! long nothing was heard of it. Silence is measured by the clock that does not jump, from when this server first saw the
+//! attempt, and without the time in which this server itself did not run: neither a wall clock that is set nor a machine that
+//! was asleep makes a worker look dead.
 //!
 //! An attempt that an earlier server of this data folder left behind is adopted: its worker may still run, keep its lease
 //! and finish. If it does not run, it ended with that server, which is not held against the job.
@@ -22,10 +25,11 @@ use crate::config::Config;
 use crate::store;
 use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
 use crate::types::ids::AttemptId;
-use crate::types::now_ms;
 
 /// Time between two ticks that nothing woke.
 const INTERVAL: Duration = Duration::from_millis(500);
+/// Longest time between two ticks of a server that runs; what is beyond it, it did not run.
+const LATE: Duration = Duration::from_secs(2);
 /// Time that a process has to end after SIGTERM, before SIGKILL.
 const GRACE: Duration = Duration::from_secs(3);
 /// Time that a worker has to exit after its last word.
@@ -49,7 +53,7 @@ pub struct Scheduler {
     stall: Duration,
     pause: Duration,
     validations: usize,
-    started_at: Instant,
+    last_tick: Instant,
     watched: HashMap<AttemptId, Watched>,
     exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
     /// Attempts in a row that could not be started.
@@ -65,8 +69,16 @@ struct Watched {
     process: Option<ProcessIdentity>,
     /// Whether this server started it, and so learns how it ends.
     own: bool,
-    /// The lease's end when it was first seen; another one tells that it has found this server.
-    first_lease_ms: i64,
+    /// The lease's end as it was last seen; another one tells that the worker was heard.
+    lease_ms: i64,
+    /// When the worker was last heard, or first seen.
+    heard_at: Instant,
+    /// Whether it has found this server.
+    was_heard: bool,
+    /// The time of its progress as it was last seen; another one tells that it got on.
+    progress_ms: i64,
+    /// When it last got on, or was first seen.
+    progress_at: Instant,
     /// How it ended, in words.
     exit: Option<String>,
     /// When it was first seen to be told to end its step.
@@ -89,16 +101,31 @@ impl Watched {
     }
 
     fn new(attempt: &Attempt, process: Option<ProcessIdentity>, own: bool) -> Self {
+        let now = Instant::now();
         Self {
             task: attempt.task,
             process,
             own,
-            first_lease_ms: attempt.lease_expires_at_ms,
+            lease_ms: attempt.lease_expires_at_ms,
+            heard_at: now,
+            was_heard: false,
+            progress_ms: attempt.progress_at_ms,
+            progress_at: now,
             exit: None,
             pausing_since: None,
             stopping_since: None,
             ended_since: None,
             killed_because: None,
+        }
+    }
+
+    /// Takes note of what the attempt's row tells of the worker.
+    fn look(&mut self, attempt: &Attempt) {
+        if self.lease_ms != attempt.lease_expires_at_ms {
+            (self.lease_ms, self.heard_at, self.was_heard) = (attempt.lease_expires_at_ms, Instant::now(), true);
+        }
+        if self.progress_ms != attempt.progress_at_ms {
+            (self.progress_ms, self.progress_at) = (attempt.progress_at_ms, Instant::now());
         }
     }
 
@@ -146,7 +173,7 @@ impl Scheduler {
             stall: config.workers.stall(),
             pause: config.workers.pause(),
             validations: config.limits.validations as usize,
-            started_at: Instant::now(),
+            last_tick: Instant::now(),
             watched: HashMap::new(),
             exits: JoinSet::new(),
             failed_starts: 0,
@@ -181,6 +208,7 @@ impl Scheduler {
         while let Some(exit) = self.exits.try_join_next() {
             self.note_exit(exit);
         }
+        self.forgive_own_absence();
         let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
         let mut living = HashSet::new();
         for attempt in &live {
@@ -204,13 +232,22 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Time in which this server did not run, so that no worker could be heard, is no silence.
+    fn forgive_own_absence(&mut self) {
+        let absence = self.last_tick.elapsed().saturating_sub(LATE);
+        self.last_tick = Instant::now();
+        for watched in self.watched.values_mut() {
+            watched.heard_at += absence;
+            watched.progress_at += absence;
+        }
+    }
+
     /// Looks after one attempt that has not ended; `false`: it has now.
     async fn watch(&mut self, attempt: &Attempt) -> Result<bool> {
-        // Liveness is judged only once a worker had the time to find this server.
-        let judge = self.started_at.elapsed() > self.lease;
         let watched = self.watched.entry(attempt.id).or_insert_with(|| Watched::adopted(attempt));
+        watched.look(attempt);
         if !watched.is_alive() {
-            let counts = watched.own || watched.first_lease_ms != attempt.lease_expires_at_ms;
+            let counts = watched.own || watched.was_heard;
             let outcome = match attempt.state {
                 AttemptState::Pausing | AttemptState::Stopping => AttemptOutcome::Stopped,
                 AttemptState::Starting | AttemptState::Running | AttemptState::Ended if counts => {
@@ -222,16 +259,13 @@ impl Scheduler {
             self.lose(attempt, outcome, reason).await?;
             return Ok(false);
         }
-        let now_ms = now_ms();
-        // What a worker got done while no server was there, it can tell only now.
-        let standing_still = Duration::from_millis(now_ms.saturating_sub(attempt.progress_at_ms).max(0).unsigned_abs())
-            .min(self.started_at.elapsed());
+        let standing_still = watched.progress_at.elapsed();
         let too_slow = |since: Instant| since.elapsed() > self.pause;
         let pausing =
             attempt.state == AttemptState::Pausing && too_slow(*watched.pausing_since.get_or_insert_with(Instant::now));
         if attempt.state == AttemptState::Stopping || pausing {
             watched.stop();
-        } else if judge && now_ms > attempt.lease_expires_at_ms {
+        } else if watched.heard_at.elapsed() > self.lease {
             watched.kill(format!("no heartbeat for {} s", self.lease.as_secs()));
         } else if standing_still > self.stall {
             watched.kill(format!("no progress for {} s", standing_still.as_secs()));
