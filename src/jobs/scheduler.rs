@@ -36,6 +36,8 @@ const GRACE: Duration = Duration::from_secs(3);
 const GOODBYE: Duration = Duration::from_secs(5);
 /// Longest time without a new attempt after one that could not be started.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Longest time without a new attempt after one that crashed: what one job does must not keep the others waiting for long.
+const LONGEST_PAUSE_AFTER_CRASH: Duration = Duration::from_secs(8);
 /// Lines of a worker's log that a failure quotes.
 const LOG_LINES: usize = 10;
 /// The one device of this version.
@@ -56,9 +58,9 @@ pub struct Scheduler {
     last_tick: Instant,
     watched: HashMap<AttemptId, Watched>,
     exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
-    /// Attempts in a row that could not be started.
-    failed_starts: u32,
-    /// Until when none is tried after such a one.
+    /// Attempts in a row that could not be started, or crashed.
+    setbacks: u32,
+    /// Until when none is tried after such a one: a disk that is full for a moment must not cost a job all its attempts.
     paused_until: Option<Instant>,
 }
 
@@ -89,6 +91,8 @@ struct Watched {
     ended_since: Option<Instant>,
     /// Why it was killed, where it was not asked for.
     killed_because: Option<String>,
+    /// Whether it ended without a word, through no wish of the server's.
+    crashed: bool,
 }
 
 impl Watched {
@@ -116,6 +120,7 @@ impl Watched {
             stopping_since: None,
             ended_since: None,
             killed_because: None,
+            crashed: false,
         }
     }
 
@@ -176,7 +181,7 @@ impl Scheduler {
             last_tick: Instant::now(),
             watched: HashMap::new(),
             exits: JoinSet::new(),
-            failed_starts: 0,
+            setbacks: 0,
             paused_until: None,
         }
     }
@@ -256,7 +261,12 @@ impl Scheduler {
                 AttemptState::Starting | AttemptState::Running | AttemptState::Ended => AttemptOutcome::ServerEnded,
             };
             let reason = watched.describe_end();
+            let crashed = outcome == AttemptOutcome::Crashed;
+            watched.crashed = crashed;
             self.lose(attempt, outcome, reason).await?;
+            if crashed {
+                self.set_back(LONGEST_PAUSE_AFTER_CRASH);
+            }
             return Ok(false);
         }
         let standing_still = watched.progress_at.elapsed();
@@ -286,7 +296,9 @@ impl Scheduler {
         for attempt in gone {
             let launcher = self.launcher.clone();
             spawn_blocking(move || launcher.clean_up(attempt)).await?;
-            self.watched.remove(&attempt);
+            if self.watched.remove(&attempt).is_some_and(|watched| !watched.crashed) {
+                self.setbacks = 0;
+            }
         }
         Ok(())
     }
@@ -302,19 +314,22 @@ impl Scheduler {
         }
         let Some(claimed) = claim(&self.jobs, task, DEVICE, self.lease).await? else { return Ok(false) };
         let attempt = claimed.attempt.clone();
-        let Err(error) = self.start(claimed).await else {
-            self.failed_starts = 0;
-            return Ok(true);
-        };
+        let Err(error) = self.start(claimed).await else { return Ok(true) };
         // This machine refuses (no process, no file to be had), which is no fault of the job's and may pass.
-        let pause = Duration::from_secs(1 << self.failed_starts.min(6)).min(LONGEST_PAUSE);
-        self.failed_starts += 1;
-        self.paused_until = Some(Instant::now() + pause);
+        let pause = self.set_back(LONGEST_PAUSE);
         tracing::error!(attempt = %attempt.id, ?pause, "cannot start a worker, trying again: {error:#}");
         attempt_lost(&self.jobs, attempt.id, AttemptOutcome::NotStarted, "the worker could not be started").await?;
         let launcher = self.launcher.clone();
         spawn_blocking(move || launcher.clean_up(attempt.id)).await?;
         Ok(false)
+    }
+
+    /// No attempt is made for a while, longer each time that it comes to this in a row.
+    fn set_back(&mut self, longest: Duration) -> Duration {
+        let pause = Duration::from_secs(1 << self.setbacks.min(6)).min(longest);
+        self.setbacks += 1;
+        self.paused_until = Some(Instant::now() + pause);
+        pause
     }
 
     async fn start(&mut self, claimed: Claimed) -> anyhow::Result<()> {
@@ -433,7 +448,7 @@ mod tests {
             pauses.push(pause);
             scheduler.paused_until = Some(Instant::now() + LONGEST_PAUSE);
             scheduler.tick().await.expect("a tick that claims nothing");
-            assert_eq!(i64::from(scheduler.failed_starts), failed_starts);
+            assert_eq!(i64::from(scheduler.setbacks), failed_starts);
             scheduler.paused_until = None;
         }
         assert!(pauses.is_sorted(), "{pauses:?}");
