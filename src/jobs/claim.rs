@@ -49,12 +49,7 @@ async fn claim_job(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
     let now_ms = now_ms();
     let (mut tx, mut job) = loop {
         let mut tx = jobs.store.begin_write().await?;
-        let next = match task {
-            TaskKind::Validate => store::job::next_to_validate(&mut tx).await,
-            TaskKind::Train => store::job::next_to_train(&mut tx).await,
-            TaskKind::Export => Ok(None),
-        };
-        match next {
+        match next(&mut tx, task).await {
             Ok(Some(job)) => break (tx, job),
             Ok(None) => return Ok(None),
             Err(store::Error::UnreadableJob { id, status, source }) => {
@@ -101,6 +96,18 @@ pub(super) async fn begin_attempt(
     }
     let attempt = store::attempt::find(conn, attempt.id).await?;
     Ok(attempt.map(|attempt| (attempt, SecretString::from(token))))
+}
+
+/// The next job that needs the task; one whose training was interrupted comes before one that waits.
+async fn next(conn: &mut SqliteConnection, task: TaskKind) -> store::Result<Option<Job>> {
+    match task {
+        TaskKind::Validate => store::job::next_in(conn, Status::ValidatingFiles).await,
+        TaskKind::Train => match store::job::next_in(conn, Status::Running).await? {
+            None => store::job::next_in(conn, Status::Queued).await,
+            interrupted => Ok(interrupted),
+        },
+        TaskKind::Export => Ok(None),
+    }
 }
 
 #[cfg(test)]

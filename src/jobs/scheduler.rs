@@ -1,7 +1,10 @@
 //! The scheduler: watches the attempts that run, ends those whose process is gone, and claims jobs for free devices.
 //!
 //! `Scheduler::tick` reads what is to do from the database and may run at any time and twice; everything that wakes it only
-//! saves waiting. What is kept in memory is about processes: which of them live, and since when one was told to stop.
+//! saves waiting. What is kept in memory is about processes: which of them live, since when one was told to stop, and for how
+//! long nothing was heard of it. Silence is measured by the clock that does not jump, from when this server first saw the
+//! attempt, and without the time in which this server itself did not run: neither a wall clock that is set nor a machine that
+//! was asleep makes a worker look dead.
 //!
 //! An attempt that an earlier server of this data folder left behind is adopted: its worker may still run, keep its lease
 //! and finish. If it does not run, it ended with that server, which is not held against the job.
@@ -22,16 +25,19 @@ use crate::config::Config;
 use crate::store;
 use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
 use crate::types::ids::AttemptId;
-use crate::types::now_ms;
 
 /// Time between two ticks that nothing woke.
 const INTERVAL: Duration = Duration::from_millis(500);
+/// Longest time between two ticks of a server that runs; what is beyond it, it did not run.
+const LATE: Duration = Duration::from_secs(2);
 /// Time that a process has to end after SIGTERM, before SIGKILL.
 const GRACE: Duration = Duration::from_secs(3);
 /// Time that a worker has to exit after its last word.
 const GOODBYE: Duration = Duration::from_secs(5);
 /// Longest time without a new attempt after one that could not be started.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Longest time without a new attempt after one that crashed: what one job does must not keep the others waiting for long.
+const LONGEST_PAUSE_AFTER_CRASH: Duration = Duration::from_secs(8);
 /// Lines of a worker's log that a failure quotes.
 const LOG_LINES: usize = 10;
 /// The one device of this version.
@@ -49,12 +55,12 @@ pub struct Scheduler {
     stall: Duration,
     pause: Duration,
     validations: usize,
-    started_at: Instant,
+    last_tick: Instant,
     watched: HashMap<AttemptId, Watched>,
     exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
-    /// Attempts in a row that could not be started.
-    failed_starts: u32,
-    /// Until when none is tried after such a one.
+    /// Attempts in a row that could not be started, or crashed.
+    setbacks: u32,
+    /// Until when none is tried after such a one: a disk that is full for a moment must not cost a job all its attempts.
     paused_until: Option<Instant>,
 }
 
@@ -65,8 +71,16 @@ struct Watched {
     process: Option<ProcessIdentity>,
     /// Whether this server started it, and so learns how it ends.
     own: bool,
-    /// The lease's end when it was first seen; another one tells that it has found this server.
-    first_lease_ms: i64,
+    /// The lease's end as it was last seen; another one tells that the worker was heard.
+    lease_ms: i64,
+    /// When the worker was last heard, or first seen.
+    heard_at: Instant,
+    /// Whether it has found this server.
+    was_heard: bool,
+    /// The time of its progress as it was last seen; another one tells that it got on.
+    progress_ms: i64,
+    /// When it last got on, or was first seen.
+    progress_at: Instant,
     /// How it ended, in words.
     exit: Option<String>,
     /// When it was first seen to be told to end its step.
@@ -77,6 +91,8 @@ struct Watched {
     ended_since: Option<Instant>,
     /// Why it was killed, where it was not asked for.
     killed_because: Option<String>,
+    /// Whether it ended without a word, through no wish of the server's.
+    crashed: bool,
 }
 
 impl Watched {
@@ -89,16 +105,32 @@ impl Watched {
     }
 
     fn new(attempt: &Attempt, process: Option<ProcessIdentity>, own: bool) -> Self {
+        let now = Instant::now();
         Self {
             task: attempt.task,
             process,
             own,
-            first_lease_ms: attempt.lease_expires_at_ms,
+            lease_ms: attempt.lease_expires_at_ms,
+            heard_at: now,
+            was_heard: false,
+            progress_ms: attempt.progress_at_ms,
+            progress_at: now,
             exit: None,
             pausing_since: None,
             stopping_since: None,
             ended_since: None,
             killed_because: None,
+            crashed: false,
+        }
+    }
+
+    /// Takes note of what the attempt's row tells of the worker.
+    fn look(&mut self, attempt: &Attempt) {
+        if self.lease_ms != attempt.lease_expires_at_ms {
+            (self.lease_ms, self.heard_at, self.was_heard) = (attempt.lease_expires_at_ms, Instant::now(), true);
+        }
+        if self.progress_ms != attempt.progress_at_ms {
+            (self.progress_ms, self.progress_at) = (attempt.progress_at_ms, Instant::now());
         }
     }
 
@@ -146,10 +178,10 @@ impl Scheduler {
             stall: config.workers.stall(),
             pause: config.workers.pause(),
             validations: config.limits.validations as usize,
-            started_at: Instant::now(),
+            last_tick: Instant::now(),
             watched: HashMap::new(),
             exits: JoinSet::new(),
-            failed_starts: 0,
+            setbacks: 0,
             paused_until: None,
         }
     }
@@ -181,6 +213,7 @@ impl Scheduler {
         while let Some(exit) = self.exits.try_join_next() {
             self.note_exit(exit);
         }
+        self.forgive_own_absence();
         let live = store::attempt::live(&mut *self.jobs.store.read().await?).await?;
         let mut living = HashSet::new();
         for attempt in &live {
@@ -207,13 +240,22 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Time in which this server did not run, so that no worker could be heard, is no silence.
+    fn forgive_own_absence(&mut self) {
+        let absence = self.last_tick.elapsed().saturating_sub(LATE);
+        self.last_tick = Instant::now();
+        for watched in self.watched.values_mut() {
+            watched.heard_at += absence;
+            watched.progress_at += absence;
+        }
+    }
+
     /// Looks after one attempt that has not ended; `false`: it has now.
     async fn watch(&mut self, attempt: &Attempt) -> Result<bool> {
-        // Liveness is judged only once a worker had the time to find this server.
-        let judge = self.started_at.elapsed() > self.lease;
         let watched = self.watched.entry(attempt.id).or_insert_with(|| Watched::adopted(attempt));
+        watched.look(attempt);
         if !watched.is_alive() {
-            let counts = watched.own || watched.first_lease_ms != attempt.lease_expires_at_ms;
+            let counts = watched.own || watched.was_heard;
             let outcome = match attempt.state {
                 AttemptState::Pausing | AttemptState::Stopping => AttemptOutcome::Stopped,
                 AttemptState::Starting | AttemptState::Running | AttemptState::Ended if counts => {
@@ -222,19 +264,21 @@ impl Scheduler {
                 AttemptState::Starting | AttemptState::Running | AttemptState::Ended => AttemptOutcome::ServerEnded,
             };
             let reason = watched.describe_end();
+            let crashed = outcome == AttemptOutcome::Crashed;
+            watched.crashed = crashed;
             self.lose(attempt, outcome, reason).await?;
+            if crashed {
+                self.set_back(LONGEST_PAUSE_AFTER_CRASH);
+            }
             return Ok(false);
         }
-        let now_ms = now_ms();
-        // What a worker got done while no server was there, it can tell only now.
-        let standing_still = Duration::from_millis(now_ms.saturating_sub(attempt.progress_at_ms).max(0).unsigned_abs())
-            .min(self.started_at.elapsed());
+        let standing_still = watched.progress_at.elapsed();
         let too_slow = |since: Instant| since.elapsed() > self.pause;
         let pausing =
             attempt.state == AttemptState::Pausing && too_slow(*watched.pausing_since.get_or_insert_with(Instant::now));
         if attempt.state == AttemptState::Stopping || pausing {
             watched.stop();
-        } else if judge && now_ms > attempt.lease_expires_at_ms {
+        } else if watched.heard_at.elapsed() > self.lease {
             watched.kill(format!("no heartbeat for {} s", self.lease.as_secs()));
         } else if standing_still > self.stall {
             watched.kill(format!("no progress for {} s", standing_still.as_secs()));
@@ -255,7 +299,9 @@ impl Scheduler {
         for attempt in gone {
             let launcher = self.launcher.clone();
             spawn_blocking(move || launcher.clean_up(attempt)).await?;
-            self.watched.remove(&attempt);
+            if self.watched.remove(&attempt).is_some_and(|watched| !watched.crashed) {
+                self.setbacks = 0;
+            }
         }
         Ok(())
     }
@@ -271,19 +317,22 @@ impl Scheduler {
         }
         let Some(claimed) = claim(&self.jobs, task, DEVICE, self.lease).await? else { return Ok(false) };
         let attempt = claimed.attempt.clone();
-        let Err(error) = self.start(claimed).await else {
-            self.failed_starts = 0;
-            return Ok(true);
-        };
+        let Err(error) = self.start(claimed).await else { return Ok(true) };
         // This machine refuses (no process, no file to be had), which is no fault of the job's and may pass.
-        let pause = Duration::from_secs(1 << self.failed_starts.min(6)).min(LONGEST_PAUSE);
-        self.failed_starts += 1;
-        self.paused_until = Some(Instant::now() + pause);
+        let pause = self.set_back(LONGEST_PAUSE);
         tracing::error!(attempt = %attempt.id, ?pause, "cannot start a worker, trying again: {error:#}");
         attempt_lost(&self.jobs, attempt.id, AttemptOutcome::NotStarted, "the worker could not be started").await?;
         let launcher = self.launcher.clone();
         spawn_blocking(move || launcher.clean_up(attempt.id)).await?;
         Ok(false)
+    }
+
+    /// No attempt is made for a while, longer each time that it comes to this in a row.
+    fn set_back(&mut self, longest: Duration) -> Duration {
+        let pause = Duration::from_secs(1 << self.setbacks.min(6)).min(longest);
+        self.setbacks += 1;
+        self.paused_until = Some(Instant::now() + pause);
+        pause
     }
 
     async fn start(&mut self, claimed: Claimed) -> anyhow::Result<()> {
@@ -402,7 +451,7 @@ mod tests {
             pauses.push(pause);
             scheduler.paused_until = Some(Instant::now() + LONGEST_PAUSE);
             scheduler.tick().await.expect("a tick that claims nothing");
-            assert_eq!(i64::from(scheduler.failed_starts), failed_starts);
+            assert_eq!(i64::from(scheduler.setbacks), failed_starts);
             scheduler.paused_until = None;
         }
         assert!(pauses.is_sorted(), "{pauses:?}");

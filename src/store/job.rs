@@ -310,40 +310,22 @@ pub async fn model_of_file(conn: &mut SqliteConnection, owner: &str, file_id: Fi
     Ok(model)
 }
 
-/// The next job whose data set has to be read and that no attempt works for: by priority, then the oldest.
+/// The next job in that state that no attempt works for: by priority, then the oldest. One state, so that the index gives them in
+/// this order and a long queue costs nothing.
 ///
 /// # Errors
 /// The database failed.
-pub async fn next_to_validate(conn: &mut SqliteConnection) -> Result<Option<Job>> {
+pub async fn next_in(conn: &mut SqliteConnection, status: Status) -> Result<Option<Job>> {
     let row = sqlx::query_as!(
         Row,
         r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
                   result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
                   attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
              from job
-            where status = 'validating_files'
+            where status = ?
               and not exists (select 1 from attempt where attempt.job_id = job.id and attempt.state <> 'ended')
             order by priority desc, id limit 1"#,
-    )
-    .fetch_optional(conn)
-    .await?;
-    row.map(Job::try_from).transpose()
-}
-
-/// The next job to train: one that was interrupted before one that waits, then by priority, then the oldest.
-///
-/// # Errors
-/// The database failed.
-pub async fn next_to_train(conn: &mut SqliteConnection) -> Result<Option<Job>> {
-    let row = sqlx::query_as!(
-        Row,
-        r#"select id as "id: JobId", owner, status as "status: Status", spec, model_name, trained_tokens, total_steps,
-                  result_file_id as "result_file_id: FileId", error_code, error_message, error_param,
-                  attempts_without_progress, created_at_ms, validated_at_ms, started_at_ms, finished_at_ms
-             from job
-            where status in ('running', 'queued')
-              and not exists (select 1 from attempt where attempt.job_id = job.id and attempt.state <> 'ended')
-            order by status desc, priority desc, id limit 1"#,
+        status,
     )
     .fetch_optional(conn)
     .await?;

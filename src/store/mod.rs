@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Sqlite, SqlitePool, Transaction};
+use sqlx::{Connection, Sqlite, SqlitePool, Transaction};
 
 use crate::types::ids::JobId;
 use crate::types::job::Status;
@@ -75,7 +75,12 @@ impl Store {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(10));
-        let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
+        // SQLite itself ends a transaction that a full disk or a failing one breaks; sqlx believes it open for ever, and would
+        // refuse every later one on that connection.
+        let pool = SqlitePoolOptions::new()
+            .max_connections(8)
+            .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }));
+        let pool = pool.connect_with(options).await?;
         sqlx::migrate!().run(&pool).await?;
         Ok(Self { pool })
     }
@@ -128,4 +133,29 @@ fn from_json<T: serde::de::DeserializeOwned>(column: &'static str, text: &str) -
 
 fn to_json<T: serde::Serialize>(column: &'static str, value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|source| Error::Json { column, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_disk_spoils_no_connection() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(&folder.path().join("lorad.db")).await.expect("a database");
+        let mut tx = store.begin_write().await.expect("a transaction");
+        // No larger than it is.
+        sqlx::query("pragma max_page_count = 1").execute(&mut *tx).await.expect("a setting");
+        let insert =
+            "insert into file (id, owner, filename, purpose, size_bytes, sha256, object_key, status, created_at_ms)
+                      values ('file-1', '', hex(zeroblob(1000000)), '', 0, '', '', '', 0)";
+        let full = sqlx::query(insert).execute(&mut *tx).await.expect_err("a full disk").to_string();
+        assert!(full.contains("full"), "{full}");
+        drop(tx);
+        for _ in 0..3 {
+            let mut tx = store.begin_write().await.expect("a transaction");
+            sqlx::query(insert).execute(&mut *tx).await.expect("room again");
+            tx.rollback().await.expect("an end");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -13,12 +14,16 @@ use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::shim::Shim;
+
 /// Longest time that anything may take here.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Seconds of a worker's lease: so long that none is over before its time on a busy machine. One that must be is shorter.
 const LEASE_SECONDS: &str = "20";
 /// The setting of the lease.
 pub(crate) const LEASE: &str = "LORAD__WORKERS__LEASE_SECONDS";
+/// The setting of the workers' program.
+const EXECUTABLE: &str = "LORAD__WORKERS__EXECUTABLE";
 
 /// A data folder and a models folder, and the server that runs on them.
 pub(crate) struct Home {
@@ -26,6 +31,7 @@ pub(crate) struct Home {
     http: reqwest::Client,
     server: Option<(Child, SocketAddr)>,
     settings: Vec<(&'static str, String)>,
+    shim: Option<Shim>,
 }
 
 /// A worker process.
@@ -48,13 +54,51 @@ impl Drop for Home {
 impl Home {
     /// A fresh home with a tiny model, `local:tiny.gguf`, and a running server.
     pub(crate) async fn start(settings: &[(&'static str, &str)]) -> Self {
+        let mut home = Self::prepare(settings);
+        home.start_server().await;
+        home
+    }
+
+    /// A fresh home whose processes are told by [`Home::shim`] what goes wrong.
+    pub(crate) async fn start_with_shim(settings: &[(&'static str, &str)]) -> Self {
+        let mut home = Self::prepare(settings);
+        let (shim, worker) = (Shim::build(home.folder.path(), &home.data()), home.folder.path().join("worker"));
+        shim.write_worker(&worker);
+        home.settings.push((EXECUTABLE, worker.display().to_string()));
+        home.shim = Some(shim);
+        home.start_server().await;
+        home
+    }
+
+    /// A fresh home whose workers are this script: `LORAD` in it is our program, `DATA` the data folder.
+    pub(crate) async fn start_with_worker(script: &str) -> Self {
+        let mut home = Self::prepare(&[]);
+        let worker = home.folder.path().join("worker");
+        let script = script.replace("LORAD", env!("CARGO_BIN_EXE_lorad"));
+        fs::write(&worker, script.replace("DATA", home.data().to_str().expect("UTF-8"))).expect("a file");
+        fs::set_permissions(&worker, fs::Permissions::from_mode(0o700)).expect("a file of ours");
+        home.settings.push((EXECUTABLE, worker.display().to_string()));
+        home.start_server().await;
+        home
+    }
+
+    fn prepare(settings: &[(&'static str, &str)]) -> Self {
         let folder = tempfile::Builder::new().prefix("lorad-").tempdir().expect("a temporary folder");
         fs::create_dir_all(folder.path().join("models")).expect("a folder");
         let settings = settings.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-        let mut home = Self { folder, http: reqwest::Client::new(), server: None, settings };
+        let home = Self { folder, http: reqwest::Client::new(), server: None, settings, shim: None };
         TinyModel::default().write(&home.model_path("tiny.gguf")).expect("a model");
-        home.start_server().await;
         home
+    }
+
+    /// What goes wrong in a home that was started so.
+    pub(crate) fn shim(&self) -> &Shim {
+        self.shim.as_ref().expect("a home with a shim")
+    }
+
+    /// A file of the data folder.
+    pub(crate) fn data_file(&self, name: &str) -> String {
+        fs::read_to_string(self.data().join(name)).expect("a file")
     }
 
     pub(crate) fn model_path(&self, name: &str) -> PathBuf {
@@ -104,6 +148,7 @@ impl Home {
             .env("LORAD__MODELS__CACHE_DIR", self.folder.path().join("cache"))
             .env("HF_HUB_OFFLINE", "1")
             .env("NO_COLOR", "1")
+            .envs(self.shim.iter().flat_map(Shim::environment))
             .envs(self.settings.iter().map(|(name, value)| (*name, value.as_str())))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
