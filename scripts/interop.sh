@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The newest stock `openai` client against a lorad server, changing only base_url and key; then the adapter in stock `peft`,
-# whose logits must be lorad's; then every export in PEFT, transformers and llama.cpp. Sets up what it needs (several gigabytes
-# of PyTorch; LORAD_VENV and LORAD_LLAMA_CPP name an environment and a folder that have it already). Not part of CI.
+# What a job that the stock `openai` client asked for leaves: its adapter in stock `peft`, whose logits must be lorad's; then every
+# export in PEFT, transformers and llama.cpp. (The client itself is the matter of openai-client.sh.) Sets up what it needs (several
+# gigabytes of PyTorch; LORAD_VENV and LORAD_LLAMA_CPP name an environment and a folder that have it already). Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/peers.sh

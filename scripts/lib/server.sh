@@ -52,12 +52,12 @@ clean_up() {
     exit "$status"
 }
 
-# Starts the server on a free port and sets `url` once it is ready.
+# start_server [SETTINGS]: starts the server on a free port, with these lines in its lorad.toml, and sets `url` once it is ready.
 start_server() {
     work=$(mktemp -d "${TMPDIR:-/tmp}/lorad-XXXXXX")
     local port name
     # The defaults must hold, whatever this machine's own server is told by its environment and lorad.toml.
-    : >"$work/lorad.toml"
+    printf '%s\n' "${1:-}" >"$work/lorad.toml"
     for name in "${!LORAD__@}"; do unset "$name"; done
     port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     # A process group of its own: Ctrl-C reaches this script, which then stops the server in order.
