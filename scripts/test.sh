@@ -38,6 +38,8 @@ step "tests"
 if [ -z "${LORAD_SMOLLM2:-}" ] && LORAD_SMOLLM2=$(scripts/get-model.sh); then export LORAD_SMOLLM2; fi
 [ -n "$LORAD_SMOLLM2" ] || echo "SKIPPED: tests against SmolLM2, no source has its file"
 [ -d "${LORAD_SHARED_DATA:-../shared/data}" ] || echo "SKIPPED: tests against real data sets, LORAD_SHARED_DATA names no folder"
+# Storage servers; one that could not be installed is told there, and the tests that need it pass without it.
+if servers=$(scripts/storage-servers.sh); then eval "$servers"; else echo "SKIPPED: tests against storage servers"; fi
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release --workspace --locked --no-fail-fast
 else

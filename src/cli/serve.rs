@@ -63,7 +63,22 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   [database]
   path = \"FILE\"                  SQLite file; default lorad.db in the data folder
   [storage]
-  url = \"file:DIR\"               where files, checkpoints and artifacts are kept, or memory:; no two servers may share it
+  url = \"file:DIR\"               where files, checkpoints and artifacts are kept: file:DIR, memory:, s3://BUCKET/PREFIX,
+                                 gs://BUCKET/PREFIX or az://CONTAINER/PREFIX; no two servers may share it
+  endpoint = \"URL\"              of an S3-compatible service, a gateway or an emulator; default that of AWS, Google, Azure
+  region = \"us-east-1\"          s3: region of the bucket
+  access_key_id = \"ID\"          s3: the key, with
+  secret_access_key = \"SECRET\"  its secret
+  account = \"NAME\"              az: the storage account, with
+  account_key = \"SECRET\"        its key
+  credentials_file = \"FILE\"     gs: key file of a service account
+  allow_http = false             whether an endpoint on another machine may be plain http:
+  timeout_seconds = 30           longest silence of the service, and how long a request that fails is tried again
+  presign = false                whether downloads are redirected to the service, by URLs signed for five minutes
+  [retention]                    days that things are kept; without a number for ever
+  files_days = 90                files, from their upload; those that unfinished jobs need stay
+  checkpoints_days = 30          listed checkpoints, from the end of their job
+  artifacts_days = 365           artifacts, from the end of their job
   [auth]
   bootstrap_key = \"KEY\"          an API key of the owner `default`, beside those of `lorad keys create`; without any key
                                  anybody on this machine may call
@@ -85,7 +100,8 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   inspections = 2                reports, previews and estimates answered at once
   inspection_seconds = 300       how long one of them may take
 
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged, LORAD_LOG_FORMAT (text or json) how.";
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged, LORAD_LOG_FORMAT (text or json) how.
+What [storage] does not say of a service, AWS_*, GOOGLE_* and AZURE_* variables may: docs/STORAGE.md has a recipe for each.";
 
 /// Serves until Ctrl-C or SIGTERM.
 ///

@@ -78,7 +78,7 @@ async fn remove_logs(jobs: &Jobs, launcher: &Launcher, age: Duration) -> Result<
     Ok(count)
 }
 
-/// Removes the objects older than `age` that no row names, and counts them.
+/// Removes the objects older than `age` that no row names, and uploads as old that never became one, and counts them.
 ///
 /// # Errors
 /// The database or the object storage failed.
@@ -93,7 +93,7 @@ pub async fn sweep(jobs: &Jobs, age: Duration) -> Result<usize> {
     keys.retain(|key| is_key(key) && !named.contains(key));
     let count = keys.len();
     jobs.remove_objects(keys).await;
-    Ok(count)
+    Ok(count + jobs.storage.remove_abandoned(age).await?)
 }
 
 #[cfg(test)]

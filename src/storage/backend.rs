@@ -15,6 +15,8 @@ use object_store::{BackoffConfig, ClientConfigKey, ClientOptions, ObjectStore, R
 use secrecy::ExposeSecret;
 
 use super::Error;
+use super::abandoned::Abandoned;
+use super::ranges::Connector;
 use crate::config::{self, Bucket, Location, check_endpoint};
 
 /// Longest time that a connection may take to come about.
@@ -28,6 +30,8 @@ pub(super) struct Backend {
     pub(super) objects: Arc<dyn ObjectStore>,
     /// Who signs URLs, where that is wanted.
     pub(super) signer: Option<Arc<dyn Signer>>,
+    /// Uploads that were never ended, where the service lists them.
+    pub(super) abandoned: Option<Abandoned>,
     /// The folder of the `file:` backend.
     pub(super) folder: Option<PathBuf>,
     /// Whether a signed URL may name what the download is saved as.
@@ -37,7 +41,7 @@ pub(super) struct Backend {
 impl Backend {
     /// The memory of this process.
     pub(super) fn memory() -> Self {
-        Self { objects: Arc::new(InMemory::new()), signer: None, folder: None, signs_filenames: false }
+        Self::plain(Arc::new(InMemory::new()), None)
     }
 
     /// Opens the backend of that location; nothing is asked of a service yet.
@@ -51,6 +55,10 @@ impl Backend {
         }
     }
 
+    fn plain(objects: Arc<dyn ObjectStore>, folder: Option<PathBuf>) -> Self {
+        Self { objects, signer: None, abandoned: None, folder, signs_filenames: false }
+    }
+
     fn service<T: ObjectStore + Signer>(
         store: T,
         bucket: &Bucket,
@@ -59,7 +67,7 @@ impl Backend {
     ) -> Self {
         let store = Arc::new(PrefixStore::new(store, bucket.prefix.clone()));
         let signer = settings.presign.then(|| store.clone() as Arc<dyn Signer>);
-        Self { objects: store, signer, folder: None, signs_filenames }
+        Self { signer, signs_filenames, ..Self::plain(store, None) }
     }
 }
 
@@ -67,7 +75,7 @@ fn folder(path: PathBuf) -> Result<Backend, Error> {
     std::fs::create_dir_all(&path).map_err(|source| Error::Folder { path: path.clone(), source })?;
     let objects =
         LocalFileSystem::new_with_prefix(&path).map_err(Error::Open)?.with_fsync(true).with_automatic_cleanup(true);
-    Ok(Backend { objects: Arc::new(objects), signer: None, folder: Some(path), signs_filenames: false })
+    Ok(Backend::plain(Arc::new(objects), Some(path)))
 }
 
 fn s3(bucket: &Bucket, settings: &config::Storage) -> Result<Backend, Error> {
@@ -88,8 +96,10 @@ fn s3(bucket: &Bucket, settings: &config::Storage) -> Result<Backend, Error> {
     let endpoint = value(AmazonS3ConfigKey::S3Endpoint).or_else(|| value(AmazonS3ConfigKey::Endpoint));
     let allow_http = value(AmazonS3ConfigKey::Client(ClientConfigKey::AllowHttp));
     let client = client(settings, endpoint.as_deref(), allow_http)?;
-    let store = builder.with_client_options(client).with_retry(retry(settings)).build().map_err(Error::Open)?;
-    Ok(Backend::service(store, bucket, settings, true))
+    let builder = builder.with_client_options(client).with_retry(retry(settings));
+    let store = builder.with_http_connector(Connector::default()).build().map_err(Error::Open)?;
+    let abandoned = Abandoned::new(store.clone(), bucket.prefix.clone(), settings.timeout())?;
+    Ok(Backend { abandoned: Some(abandoned), ..Backend::service(store, bucket, settings, true) })
 }
 
 fn gs(bucket: &Bucket, settings: &config::Storage) -> Result<Backend, Error> {
@@ -104,7 +114,8 @@ fn gs(bucket: &Bucket, settings: &config::Storage) -> Result<Backend, Error> {
     let endpoint = value(GoogleConfigKey::BaseUrl);
     let allow_http = value(GoogleConfigKey::Client(ClientConfigKey::AllowHttp));
     let client = client(settings, endpoint.as_deref(), allow_http)?;
-    let store = builder.with_client_options(client).with_retry(retry(settings)).build().map_err(Error::Open)?;
+    let builder = builder.with_client_options(client).with_retry(retry(settings));
+    let store = builder.with_http_connector(Connector::default()).build().map_err(Error::Open)?;
     Ok(Backend::service(store, bucket, settings, true))
 }
 

@@ -3,9 +3,11 @@
 //! An object is written under a name that was never used before and becomes visible by the database row that names it: there
 //! is no half-written object to be seen, and none is ever overwritten.
 
+mod abandoned;
 mod backend;
 mod half_written;
 mod keys;
+mod ranges;
 mod reader;
 mod writer;
 
@@ -27,6 +29,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::task::TaskTracker;
 
 use crate::config::{self, Config};
+use abandoned::Abandoned;
 use backend::Backend;
 pub use keys::{FOLDERS, artifact_key, checkpoint_key, file_key, is_key, upload_part_key};
 pub use reader::Expected;
@@ -111,6 +114,7 @@ pub struct Storage {
     backend: Arc<dyn ObjectStore>,
     signer: Option<Arc<dyn Signer>>,
     signs_filenames: bool,
+    abandoned: Option<Arc<Abandoned>>,
     /// The folder of the `file:` backend.
     folder: Option<PathBuf>,
     /// Ends of uploads that nobody waits for any more.
@@ -132,8 +136,9 @@ impl Storage {
     }
 
     fn new(backend: Backend) -> Self {
-        let Backend { objects, signer, folder, signs_filenames } = backend;
-        Self { backend: objects, signer, signs_filenames, folder, tasks: TaskTracker::new() }
+        let Backend { objects, signer, abandoned, folder, signs_filenames } = backend;
+        let abandoned = abandoned.map(Arc::new);
+        Self { backend: objects, signer, signs_filenames, abandoned, folder, tasks: TaskTracker::new() }
     }
 
     /// Writes, reads, signs (where that is wanted) and removes a test object, so that a wrong key or bucket is found now and not by
@@ -255,6 +260,17 @@ impl Storage {
             }
         }
         Ok(keys)
+    }
+
+    /// Takes back uploads that began longer than `age` ago and never came to an end, where the service lists them, and counts them.
+    ///
+    /// # Errors
+    /// A backend that fails.
+    pub async fn remove_abandoned(&self, age: Duration) -> Result<usize, Error> {
+        match &self.abandoned {
+            Some(abandoned) => abandoned.abort_older_than(age).await,
+            None => Ok(0),
+        }
     }
 
     /// Removes what uploads left half-written when the server was killed, and counts it. For the start: it would take away

@@ -77,7 +77,7 @@ async fn objects_come_back_whole_and_in_parts(storage: &Storage) {
                 assert!(read(part).await.expect("a part") == bytes[range.clone()], "{range:?} of {length} bytes");
             }
         }
-        assert_eq!(keys(storage).await, [key.clone()]);
+        assert_eq!(keys(storage).await, std::slice::from_ref(&key));
         storage.delete(&key).await.expect("a delete");
         storage.delete(&key).await.expect("a second delete");
         assert!(matches!(storage.get(expected).await, Err(Error::NotFound(gone)) if gone == key));
@@ -146,7 +146,7 @@ async fn memory_does_what_it_must() {
 #[tokio::test]
 async fn an_s3_compatible_server_does_what_it_must() {
     let Some(server) = Server::moto().await else { return };
-    server.overwrite("files/of-others", b"theirs".to_vec()).await;
+    server.put_foreign("files/of-others").await;
     does_what_it_must(&config(|config| server.configure(config))).await;
     // Nothing outside of the server's own folder was touched, and nothing is left that costs.
     assert_eq!(server.keys().await, ["files/of-others"]);
@@ -167,7 +167,6 @@ async fn azurite_does_what_it_must() {
 
 #[tokio::test]
 async fn the_client_for_google_does_what_it_must_against_an_interface_of_the_same_shape() {
-    let Some(server) = Server::moto().await else { return };
+    let Some(server) = Server::open_rclone().await else { return };
     does_what_it_must(&config(|config| server.configure_as_google(config))).await;
-    assert_eq!(server.unfinished_uploads().await, Vec::<String>::new());
 }

@@ -81,7 +81,7 @@ async fn a_data_set_that_changed_in_storage_fails_its_job_by_name() {
     let content = rows(12);
     for (damaged, how) in [(content.replace("What", "That"), "broke off"), (rows(11), "as they were written")] {
         let file = home.upload(content.clone()).await;
-        server.overwrite(&format!("deep/folder/files/{file}"), damaged.into_bytes()).await;
+        server.overwrite(&format!("files/{file}"), damaged.into_bytes()).await;
         let downloaded = download(&home, "files", &file).await;
         assert!(downloaded.is_err(), "{downloaded:?}");
         let id = home.create(&file, json!({"training": {"max_steps": 2}})).await;

@@ -12,6 +12,9 @@ mod home;
 mod presigned;
 mod proxy;
 mod servers;
+#[path = "../shim/mod.rs"]
+#[expect(dead_code, reason = "other tests need more of it")]
+mod shim;
 mod start_up;
 #[path = "../support/mod.rs"]
 #[expect(dead_code, reason = "other tests need more of it")]

@@ -42,10 +42,10 @@ async fn redirects(server: &Server, names_the_file: bool) {
     // A client that follows gets what it would get here.
     assert_eq!(app.get(&path).await.text().await.expect("a body"), ROWS);
     let part = app.request(Method::GET, &path).header("range", "bytes=3-7").send().await.expect("an answer");
-    assert_eq!(
-        (part.status(), part.text().await.expect("a body").as_str()),
-        (StatusCode::PARTIAL_CONTENT, &ROWS[3..8])
-    );
+    // rclone says 200 to the range that it gives.
+    assert!(part.status().is_success(), "{}", part.status());
+    assert!(header(&part, "content-range").starts_with("bytes 3-7/"), "{part:?}");
+    assert_eq!(part.text().await.expect("a body"), ROWS[3..8]);
     let head = app.request(Method::HEAD, &path).send().await.expect("an answer");
     assert_eq!((head.status(), header(&head, "content-length")), (StatusCode::OK, ROWS.len().to_string()));
     let etag = header(&head, "etag");
@@ -61,26 +61,11 @@ async fn redirects(server: &Server, names_the_file: bool) {
 #[tokio::test]
 async fn rclone_serves_what_is_signed_for_s3() {
     let Some(server) = Server::rclone().await else { return };
-    redirects(&server, false).await;
+    redirects(&server, true).await;
 }
 
 #[tokio::test]
 async fn azurite_serves_what_is_signed_for_azure() {
     let Some(server) = Server::azurite().await else { return };
     redirects(&server, false).await;
-}
-
-#[tokio::test]
-async fn a_signed_download_has_the_files_name_where_the_service_takes_it() {
-    let Some(server) = Server::moto().await else { return };
-    let app = TestApp::start_with(|config| {
-        server.configure(config);
-        config.storage.presign = true;
-    })
-    .await;
-    let file = app.upload(ROWS).await;
-    let answer = app.get(&format!("/v1/files/{file}/content")).await;
-    assert_eq!(answer.status(), StatusCode::OK);
-    let disposition = header(&answer, "content-disposition");
-    assert!(disposition.contains("filename=\"rows.jsonl\""), "{disposition}");
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::http::{Method, Request};
 use lorad::config::Config;
+use lorad::storage::Storage;
 use object_store::azure::{AzureAccessKey, AzureAuthorizer, AzureCredential};
 use object_store::client::HttpRequestBody;
 use secrecy::SecretString;
@@ -62,11 +63,21 @@ impl Server {
 
     /// rclone's S3 face of a folder, which checks keys: `rclone`, or what `LORAD_TEST_RCLONE` names.
     pub(crate) async fn rclone() -> Option<Self> {
+        Self::start_rclone(&["--auth-key", &format!("{KEY_ID},{SECRET}")]).await
+    }
+
+    /// The same, for anybody.
+    pub(crate) async fn open_rclone() -> Option<Self> {
+        Self::start_rclone(&[]).await
+    }
+
+    async fn start_rclone(arguments: &[&str]) -> Option<Self> {
         let program = program("LORAD_TEST_RCLONE", "rclone")?;
         let server = Self::start(Kind::Rclone, program, |command, port, folder| {
             std::fs::create_dir_all(folder.path().join("root/lorad")).expect("a folder");
-            command.args(["serve", "s3", "--addr", &format!("127.0.0.1:{port}")]);
-            command.args(["--auth-key", &format!("{KEY_ID},{SECRET}"), "--config", "/dev/null"]);
+            command
+                .args(["serve", "s3", "--addr", &format!("127.0.0.1:{port}"), "--config", "/dev/null"])
+                .args(arguments);
             command.arg(format!("local:{}", folder.path().join("root").display()));
             command.env("RCLONE_CONFIG_LOCAL_TYPE", "local").env("RCLONE_CACHE_DIR", folder.path().join("cache"));
         });
@@ -76,10 +87,9 @@ impl Server {
     /// Azurite's blob service: `azurite-blob`, or what `LORAD_TEST_AZURITE` names.
     pub(crate) async fn azurite() -> Option<Self> {
         let program = program("LORAD_TEST_AZURITE", "azurite-blob")?;
-        let server = Self::start(Kind::Azurite, program, |command, port, folder| {
+        let server = Self::start(Kind::Azurite, program, |command, port, _| {
             command.args(["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--inMemoryPersistence"]);
-            command.args(["--blobHost", "127.0.0.1", "--blobPort", &port.to_string(), "--location"]);
-            command.arg(folder.path());
+            command.args(["--blobHost", "127.0.0.1", "--blobPort", &port.to_string()]);
         });
         let server = server.await;
         let mut request = Request::builder()
@@ -173,9 +183,17 @@ impl Server {
         self.texts("/lorad?uploads", "Key").await
     }
 
-    /// Writes an object of moto's past everything.
+    /// Writes an object past the server under test.
     pub(crate) async fn overwrite(&self, key: &str, bytes: Vec<u8>) {
-        let put = reqwest::Client::new().put(format!("{}/lorad/{key}", self.url)).body(bytes).send().await;
+        let mut config = Config::default();
+        self.configure(&mut config);
+        let storage = Storage::from_config(&config).expect("a backend");
+        storage.put_bytes(key, bytes.into()).await.expect("a put");
+    }
+
+    /// Writes an object of moto's that is nobody's.
+    pub(crate) async fn put_foreign(&self, key: &str) {
+        let put = reqwest::Client::new().put(format!("{}/lorad/{key}", self.url)).body("theirs").send().await;
         assert!(put.expect("an answer").status().is_success());
     }
 
