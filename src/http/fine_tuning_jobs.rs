@@ -35,7 +35,7 @@ pub(super) struct JobView {
     created_at: i64,
     /// When it came to its end, in Unix seconds.
     finished_at: Option<i64>,
-    /// Always null: no estimate is made.
+    /// When its steps will be done, in Unix seconds, if they go on as fast as the last ones; null unless it is running and has done one.
     estimated_finish: Option<i64>,
     /// The base model.
     model: String,
@@ -128,6 +128,23 @@ impl From<Job> for JobView {
     }
 }
 
+/// The job as it is shown, with when its training will end if its steps go on as fast as the last ones.
+async fn view(app: &App, job: Job) -> Result<JobView> {
+    let estimated_finish = match job.status {
+        Status::Running => {
+            let end = store::metric::expected_end_ms(&mut *app.jobs.store.read().await?, job.id).await?;
+            end.map(|at| at / 1000)
+        }
+        Status::ValidatingFiles
+        | Status::Queued
+        | Status::Paused
+        | Status::Succeeded
+        | Status::Failed
+        | Status::Cancelled => None,
+    };
+    Ok(JobView { estimated_finish, ..job.into() })
+}
+
 /// The job of that id, if this owner has it.
 pub(super) async fn find(app: &App, owner: &str, id: &str) -> Result<Job> {
     let no_such_job = || ApiError::no_such_job(id);
@@ -199,10 +216,12 @@ pub(super) async fn list(
     };
     params.finish()?;
     let filter = store::job::Filter { after, metadata, without_metadata, limit: limit + 1 };
-    let mut conn = app.jobs.store.read().await?;
-    let jobs = store::job::list(&mut conn, &owner, &filter).await?;
-    let jobs = jobs.into_iter().map(JobView::from).collect();
-    Ok(Json(List::page(jobs, limit, |job: &JobView| job.id.clone())))
+    let jobs = store::job::list(&mut *app.jobs.store.read().await?, &owner, &filter).await?;
+    let mut views = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        views.push(view(&app, job).await?);
+    }
+    Ok(Json(List::page(views, limit, |job: &JobView| job.id.clone())))
 }
 
 /// Retrieve a fine-tuning job.
@@ -215,7 +234,8 @@ pub(super) async fn retrieve(
     Path(id): Path<String>,
     _: NoParams,
 ) -> Result<Json<JobView>> {
-    Ok(Json(find(&app, &owner, &id).await?.into()))
+    let job = find(&app, &owner, &id).await?;
+    Ok(Json(view(&app, job).await?))
 }
 
 /// Cancel a fine-tuning job.

@@ -4,7 +4,7 @@ use lorad::types::attempt::TaskKind;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::support::{ROWS, TestApp, column, error, ok_json, text};
+use crate::support::{ROWS, TestApp, column, error, metric, ok_json, text};
 
 const JOBS: &str = "/v1/fine_tuning/jobs";
 
@@ -184,4 +184,26 @@ async fn checkpoints_are_listed_newest_first() {
     assert_eq!(steps(&app.get_json(&format!("{path}?limit=1&after={}", text(&list["first_id"]))).await), [4]);
     let end = app.get_json(&format!("{path}?after={}", text(&list["last_id"]))).await;
     assert_eq!((&end["data"], &end["has_more"]), (&json!([]), &json!(false)));
+}
+
+#[tokio::test]
+async fn a_running_job_tells_when_its_steps_will_be_done() {
+    let app = TestApp::start().await;
+    let job = app.create_job(json!({})).await;
+    let path = format!("/v1/fine_tuning/jobs/{}", text(&job["id"]));
+    app.validate().await;
+    let worker = app.take_up(TaskKind::Train).await;
+    assert_eq!(app.get_json(&path).await["estimated_finish"], Value::Null);
+    let step = |step: i64| {
+        let mut step = metric(step, 102);
+        step["step_ms"] = json!(60_000);
+        step
+    };
+    worker.post("events", &json!({"metrics": [step(1), step(2)]})).await;
+    for job in [app.get_json(&path).await, app.get_json("/v1/fine_tuning/jobs").await["data"][0].clone()] {
+        let left = job["estimated_finish"].as_i64().expect("a time") - job["created_at"].as_i64().expect("a time");
+        assert!((6000..6060).contains(&left), "100 steps of a minute: {left} s");
+    }
+    worker.finish(json!({"result": "failed", "code": "training_failed", "message": "enough"})).await;
+    assert_eq!(app.get_json(&path).await["estimated_finish"], Value::Null);
 }
