@@ -38,14 +38,15 @@ if [ ! -x "$cache/venv/bin/pip" ]; then
     python3 -m venv "$cache/venv" >&2 || say "python3 makes no virtual environment (Debian: apt-get install python3-venv)"
 fi
 if [ -x "$cache/venv/bin/pip" ]; then
-    at_once pip "$cache/venv/bin/pip" install --quiet --disable-pip-version-check --timeout 20 --retries 1 "${packages[@]}" || true
+    at_once pip "$cache/venv/bin/pip" install --quiet --disable-pip-version-check --timeout 20 --retries 1 "${packages[@]}" &
 fi
 if command -v npm >/dev/null; then
     at_once npm npm install --no-audit --no-fund --loglevel error --fetch-timeout 20000 --fetch-retries 1 \
-        --prefix "$cache/npm" "$azurite" || true
+        --prefix "$cache/npm" "$azurite" &
 else
     say "npm is not installed"
 fi
+wait
 name LORAD_TEST_MOTO "$cache/venv/bin/moto_server"
 name LORAD_TEST_RCLONE "$cache/venv/bin/rclone"
 name LORAD_TEST_AZURITE "$cache/npm/node_modules/.bin/azurite-blob"

@@ -30,6 +30,7 @@ mod testing;
 pub mod uploads;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::SqliteConnection;
 use tokio::sync::{Notify, watch};
@@ -41,6 +42,9 @@ use crate::types::file::Purpose;
 use crate::types::ids::{FileId, JobId};
 use crate::types::inspection::Refusal;
 use crate::types::job::{Job, Status};
+
+/// How long the removal of an object that nobody needs may hold up what it belongs to.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a use case did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -216,16 +220,19 @@ impl Jobs {
         self.scheduler.notify_one();
     }
 
-    /// Removes objects that no row names any more. One that stays behind does no harm but its size, and the sweep finds it; so
-    /// nobody waits for the rest once storage has failed.
-    async fn remove_objects(&self, keys: impl IntoIterator<Item = String>) {
-        let mut keys = keys.into_iter();
+    /// Removes objects that no row names any more, and counts them. One that stays behind does no harm but its size, and the sweep
+    /// finds it; so nobody waits for the rest once storage has failed or takes its time.
+    async fn remove_objects(&self, keys: impl IntoIterator<Item = String>) -> usize {
+        let (mut keys, mut count) = (keys.into_iter(), 0);
         while let Some(key) = keys.next() {
-            if let Err(error) = self.storage.delete(&key).await {
+            let deleted = tokio::time::timeout(REMOVAL_PATIENCE, self.storage.delete(&key)).await;
+            if let Err(error) = deleted.unwrap_or(Err(storage::Error::Silent(REMOVAL_PATIENCE))) {
                 let left = keys.count();
                 tracing::warn!(key, left, %error, "objects that nobody needs could not be removed, a later sweep will");
-                return;
+                break;
             }
+            count += 1;
         }
+        count
     }
 }

@@ -91,8 +91,7 @@ pub async fn sweep(jobs: &Jobs, age: Duration) -> Result<usize> {
     let named = store::object::named(&mut *jobs.store.read().await?).await?;
     let named: HashSet<String> = named.into_iter().collect();
     keys.retain(|key| is_key(key) && !named.contains(key));
-    let count = keys.len();
-    jobs.remove_objects(keys).await;
+    let count = jobs.remove_objects(keys).await;
     Ok(count + jobs.storage.remove_abandoned(age).await?)
 }
 
