@@ -165,7 +165,7 @@ async fn store_field(app: &App, field: Field<'_>) -> Result<(FileId, String, Sto
 pub(super) fn check_filename(field: &str, path: &str) -> Result<String> {
     let filename = path.rsplit(['/', '\\']).next().unwrap_or_default();
     let printable = !filename.chars().any(char::is_control);
-    if filename.is_empty() || filename.len() > MAX_FILENAME_BYTES || !printable {
+    if ["", ".", ".."].contains(&filename) || filename.len() > MAX_FILENAME_BYTES || !printable {
         let right = format!("a name of 1 to {MAX_FILENAME_BYTES} printable bytes");
         return Err(ApiError::bad_request(field, format!("{field} must have {right}, got `{filename}`")));
     }

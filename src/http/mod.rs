@@ -3,6 +3,7 @@
 mod access;
 mod artifacts;
 mod checkpoints;
+mod connections;
 mod download;
 mod error;
 mod files;
@@ -40,6 +41,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use access::{Access, OpenDoor};
+pub use connections::serve;
 pub use error::{ErrorBody, ErrorObject};
 use server_metrics::ServerMetrics;
 
@@ -57,6 +59,8 @@ pub struct App {
     hub: Hub,
     access: Access,
     max_upload_bytes: u64,
+    /// How long a client may keep the server waiting within a request.
+    patience: Duration,
     lease: Duration,
     checkpoint_seconds: u64,
     /// Where the logs of workers are.
@@ -76,6 +80,7 @@ impl App {
             hub,
             access: Access::from_config(config)?,
             max_upload_bytes: config.server.max_upload_bytes,
+            patience: config.patience(),
             lease: config.workers.lease(),
             checkpoint_seconds: u64::from(config.workers.checkpoint_seconds),
             logs_dir: config.logs_dir(),
@@ -129,7 +134,9 @@ fn described() -> OpenApiRouter<App> {
 pub fn public_router(app: App) -> Router {
     let (router, _) = described().split_for_parts();
     let (access, metrics) = (app.access.clone(), app.metrics.clone());
-    around(router.with_state(app).layer(middleware::from_fn_with_state(access, access::guard)), metrics)
+    let watch_body = middleware::from_fn_with_state(app.patience, connections::watch_body);
+    let guard = middleware::from_fn_with_state(access, access::guard);
+    around(router.with_state(app).layer(watch_body).layer(guard), metrics)
 }
 
 /// The API of the workers, for the listener that is theirs alone.

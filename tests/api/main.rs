@@ -16,5 +16,6 @@ mod models;
 mod openapi;
 mod queue;
 mod server_metrics;
+mod strangers;
 mod uploads;
 mod worker_protocol;
