@@ -84,6 +84,8 @@ pub struct Server {
     pub data_dir: PathBuf,
     /// Largest file that may be uploaded, in bytes. Default 8 GiB.
     pub max_upload_bytes: u64,
+    /// Seconds that a client may take for a request's headers, or keep silent within its body. Default 60.
+    pub idle_seconds: u32,
 }
 
 /// SQLite.
@@ -156,6 +158,7 @@ impl Default for Server {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             data_dir: user_folder("XDG_DATA_HOME", ".local/share").join("lorad"),
             max_upload_bytes: 8 << 30,
+            idle_seconds: 60,
         }
     }
 }
@@ -231,6 +234,7 @@ impl Config {
             return Err(Error::Value { key: "workers.devices", right, value: workers.devices.clone() });
         }
         for (key, value, right, fine) in [
+            ("server.idle_seconds", self.server.idle_seconds, "must be from 1 to 3600", 1..=3600),
             ("workers.lease_seconds", workers.lease_seconds, "must be from 2 to 3600", 2..=3600),
             ("workers.stall_seconds", workers.stall_seconds, "must be from 10 to 604800", 10..=604_800),
             ("workers.checkpoint_seconds", workers.checkpoint_seconds, "must be from 1 to 86400", 1..=86_400),
@@ -260,6 +264,11 @@ impl Config {
     pub fn storage_location(&self) -> Result<Location, Error> {
         let folder = || Ok(Location::File(self.server.data_dir.join("objects")));
         self.storage.url.as_deref().map_or_else(folder, Location::parse)
+    }
+
+    /// How long a client may keep the server waiting within a request.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(u64::from(self.server.idle_seconds))
     }
 
     /// Folder that `local:` names are in.

@@ -60,6 +60,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   listen = \"127.0.0.1:8080\"      address of the API; another than loopback needs a key
   data_dir = \"DIR\"               folder for everything that is kept
   max_upload_bytes = 8589934592  largest file that may be uploaded
+  idle_seconds = 60              how long a client may take for a request's headers, or keep silent within its body
   [database]
   path = \"FILE\"                  SQLite file; default lorad.db in the data folder
   [storage]
@@ -138,9 +139,11 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     let listener = TcpListener::bind(config.server.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", config.server.listen))?;
     let address = listener.local_addr().context("the listener has no address")?;
-    let served =
-        axum::serve(listener, http::public_router(app)).with_graceful_shutdown(shutdown.clone().cancelled_owned());
-    tasks.spawn(named("the API", served.into_future()));
+    let served = http::serve(listener, http::public_router(app), config.patience(), shutdown.clone());
+    tasks.spawn(async move {
+        served.await;
+        Ok(())
+    });
     tasks.spawn(named(
         "the sweep",
         sweep::run(jobs.clone(), launcher.clone(), config.retention.clone(), shutdown.clone()),

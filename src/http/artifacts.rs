@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::App;
 use super::access::Owner;
-use super::download::{Download, serve};
+use super::download::{Download, ObjectBytes, serve};
 use super::error::{ApiError, ErrorBody, Result};
 use super::fine_tuning_jobs::find as find_job;
 use super::list::List;
@@ -200,8 +200,8 @@ pub(super) async fn retrieve(
         ("Range" = Option<String>, Header, description = "`bytes=` and one range"),
         ("If-Range" = Option<String>, Header, description = "The ETag that the range belongs to"),
         ("If-None-Match" = Option<String>, Header, description = "ETags of what the client has")),
-    responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
-        (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),
+    responses((status = 200, description = "The bytes", body = ObjectBytes, content_type = "application/octet-stream"),
+        (status = 206, description = "The bytes of the range", body = ObjectBytes, content_type = "application/octet-stream"),
         (status = 307, description = "Where the bytes are, for five minutes; only where storage.presign is on"),
         (status = 304, description = "The client has these bytes"),
         (status = "default", description = "An error", body = ErrorBody)))]

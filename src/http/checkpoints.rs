@@ -55,8 +55,8 @@ impl From<Checkpoint> for CheckpointView {
 /// List a job's checkpoints, newest first.
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", operation_id = "listFineTuningJobCheckpoints", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job"),
-        ("after" = Option<String>, Query, description = "Id of the last checkpoint of the page before"),
-        ("limit" = Option<i64>, Query, description = "1 to 1000, default 10")),
+        ("after" = Option<String>, Query, pattern = "^ftckpt_[0-9a-f]{32}$", description = "Id of the last checkpoint of the page before"),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 1000, description = "1 to 1000, default 10")),
     responses((status = 200, description = "Done", body = List<CheckpointView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,

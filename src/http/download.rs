@@ -11,8 +11,16 @@ use futures::TryStreamExt;
 use secrecy::ExposeSecret;
 use tracing::Span;
 
+use utoipa::ToSchema;
+
 use super::error::{ApiError, Result};
 use crate::storage::{self, Expected, Storage};
+
+/// The bytes of an object, as the specification describes them.
+#[derive(Debug, ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "it describes a body, which is streamed")]
+pub(super) struct ObjectBytes(Vec<u8>);
 
 /// An object and what its answer's headers tell of it.
 #[derive(Debug)]

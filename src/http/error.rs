@@ -29,8 +29,10 @@ pub struct ErrorObject {
     #[serde(rename = "type")]
     pub kind: String,
     /// The field or parameter that is to blame.
+    #[schema(required)]
     pub param: Option<String>,
     /// A word that programs can tell errors apart by.
+    #[schema(required)]
     pub code: Option<String>,
 }
 

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::App;
 use super::access::Owner;
-use super::download::{Download, serve};
+use super::download::{Download, ObjectBytes, serve};
 use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
 use super::request::{NoParams, Params};
@@ -89,12 +89,13 @@ pub(super) struct UploadForm {
     #[schema(value_type = String, format = Binary)]
     file: Vec<u8>,
     /// What the file is for: `fine-tune` for training rows.
+    #[schema(value_type = Purpose)]
     purpose: String,
     /// Must be `created_at`.
-    #[schema(rename = "expires_after[anchor]")]
+    #[schema(rename = "expires_after[anchor]", pattern = "^created_at$")]
     anchor: Option<String>,
     /// Seconds after which the file may be removed, 3600 to 2592000.
-    #[schema(rename = "expires_after[seconds]")]
+    #[schema(rename = "expires_after[seconds]", minimum = 3600, maximum = 2592000)]
     seconds: Option<i64>,
 }
 
@@ -170,7 +171,7 @@ async fn store_field(app: &App, field: Field<'_>) -> Result<(FileId, String, Sto
 pub(super) fn check_filename(field: &str, path: &str) -> Result<String> {
     let filename = path.rsplit(['/', '\\']).next().unwrap_or_default();
     let printable = !filename.chars().any(char::is_control);
-    if filename.is_empty() || filename.len() > MAX_FILENAME_BYTES || !printable {
+    if ["", ".", ".."].contains(&filename) || filename.len() > MAX_FILENAME_BYTES || !printable {
         let right = format!("a name of 1 to {MAX_FILENAME_BYTES} printable bytes");
         return Err(ApiError::bad_request(field, format!("{field} must have {right}, got `{filename}`")));
     }
@@ -252,10 +253,10 @@ pub(super) fn expires_after(
 ///
 /// Newest first unless `order` is `asc`.
 #[utoipa::path(get, path = "/v1/files", operation_id = "listFiles", tag = "Files",
-    params(("purpose" = Option<String>, Query, description = "Only files of this purpose"),
-        ("limit" = Option<i64>, Query, description = "1 to 10000, default 10000"),
-        ("order" = Option<String>, Query, description = "`asc` or `desc` by age"),
-        ("after" = Option<String>, Query, description = "Id of the last file of the page before")),
+    params(("purpose" = Option<Purpose>, Query, description = "Only files of this purpose"),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 10000, description = "1 to 10000, default 10000"),
+        ("order" = Option<String>, Query, pattern = "^(asc|desc)$", description = "`asc` or `desc` by age"),
+        ("after" = Option<String>, Query, pattern = "^file-[0-9a-f]{32}$", description = "Id of the last file of the page before")),
     responses((status = 200, description = "Done", body = List<FileView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,
@@ -319,10 +320,16 @@ pub(super) async fn delete(
 }
 
 /// Download a file's bytes.
+///
+/// Understands `Range`, `If-Range` and `If-None-Match`; tells the SHA-256 in `ETag` and `Repr-Digest`.
 #[utoipa::path(get, path = "/v1/files/{file_id}/content", operation_id = "downloadFile", tag = "Files",
-    params(("file_id" = String, Path, description = "Id of the file")),
-    responses((status = 200, description = "The bytes", body = Vec<u8>, content_type = "application/octet-stream"),
-        (status = 206, description = "The bytes of the range", body = Vec<u8>, content_type = "application/octet-stream"),
+    params(("file_id" = String, Path, description = "Id of the file"),
+        ("Range" = Option<String>, Header, description = "`bytes=` and one range"),
+        ("If-Range" = Option<String>, Header, description = "The ETag that the range belongs to"),
+        ("If-None-Match" = Option<String>, Header, description = "ETags of what the client has")),
+    responses((status = 200, description = "The bytes", body = ObjectBytes, content_type = "application/octet-stream"),
+        (status = 206, description = "The bytes of the range", body = ObjectBytes, content_type = "application/octet-stream"),
+        (status = 304, description = "The client has these bytes"),
         (status = 307, description = "Where the bytes are, for five minutes; only where storage.presign is on"),
         (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn content(

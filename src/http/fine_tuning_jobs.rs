@@ -157,7 +157,8 @@ pub(super) async fn find(app: &App, owner: &str, id: &str) -> Result<Job> {
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs", operation_id = "createFineTuningJob", tag = "Fine-tuning", request_body = JobRequest,
     params(("Idempotency-Key" = Option<String>, Header,
         description = "1 to 255 characters: the same key and body give the same job; the same key with another body is refused")),
-    responses((status = 200, description = "Done", body = JobView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = JobView), (status = 404, description = "The base model does not exist", body = ErrorBody),
+        (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn create(
     State(app): State<App>,
     Owner(owner): Owner,
@@ -193,8 +194,8 @@ pub(super) fn is_retry(headers: &HeaderMap) -> bool {
 
 /// List fine-tuning jobs, newest first.
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs", operation_id = "listFineTuningJobs", tag = "Fine-tuning",
-    params(("after" = Option<String>, Query, description = "Id of the last job of the page before"),
-        ("limit" = Option<i64>, Query, description = "1 to 1000, default 20"),
+    params(("after" = Option<String>, Query, pattern = "^ftjob-[0-9a-f]{32}$", description = "Id of the last job of the page before"),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 1000, description = "1 to 1000, default 20"),
         ("metadata" = Option<BTreeMap<String, String>>, Query, style = DeepObject, explode,
             description = "`metadata[key]=value`: only jobs with this label; the literal `metadata=null`: only jobs without labels")),
     responses((status = 200, description = "Done", body = List<JobView>), (status = "default", description = "An error", body = ErrorBody)))]

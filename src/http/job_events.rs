@@ -80,8 +80,8 @@ impl From<Event> for EventView {
 /// `Last-Event-ID`, means *newer than*.
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", operation_id = "listFineTuningEvents", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job"),
-        ("after" = Option<String>, Query, description = "Id of an event"),
-        ("limit" = Option<i64>, Query, description = "1 to 1000, default 20; only for the list"),
+        ("after" = Option<String>, Query, pattern = "^ftevent-[0-9a-f]{32}$", description = "Id of an event"),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 1000, description = "1 to 1000, default 20; only for the list"),
         ("stream" = Option<bool>, Query, description = "Follow the events"),
         ("Last-Event-ID" = Option<String>, Header, description = "With stream=true: id of the last event that was seen")),
     responses((status = 200, description = "A page of the list, or the stream",

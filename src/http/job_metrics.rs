@@ -87,7 +87,7 @@ impl From<Dated> for MetricView {
 #[utoipa::path(get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/metrics", operation_id = "listFineTuningMetrics", tag = "Fine-tuning",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job"),
         ("after" = Option<i64>, Query, description = "A step: only newer ones"),
-        ("limit" = Option<i64>, Query, description = "1 to 10000, default 10000")),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 10000, description = "1 to 10000, default 10000")),
     responses((status = 200, description = "Done; `first_id` and `last_id` are steps", body = List<MetricView>), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn list(
     State(app): State<App>,

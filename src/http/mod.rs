@@ -3,6 +3,7 @@
 mod access;
 mod artifacts;
 mod checkpoints;
+mod connections;
 mod download;
 mod error;
 mod files;
@@ -41,6 +42,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use access::{Access, Error as AccessError};
+pub use connections::serve;
 pub use error::{ErrorBody, ErrorObject};
 use server_metrics::ServerMetrics;
 
@@ -61,6 +63,8 @@ pub struct App {
     access: Access,
     inspector: Inspector,
     max_upload_bytes: u64,
+    /// How long a client may keep the server waiting within a request.
+    patience: Duration,
     lease: Duration,
     workers: WorkerSettings,
     /// Where the logs of workers are.
@@ -81,6 +85,7 @@ impl App {
             hub,
             max_upload_bytes: config.server.max_upload_bytes,
             inspector: Inspector::new(config),
+            patience: config.patience(),
             lease: config.workers.lease(),
             workers: WorkerSettings::from_config(config),
             logs_dir: config.logs_dir(),
@@ -137,7 +142,9 @@ fn described() -> OpenApiRouter<App> {
 pub fn public_router(app: App) -> Router {
     let (router, _) = described().split_for_parts();
     let (access, metrics) = (app.access.clone(), app.metrics.clone());
-    around(router.with_state(app).layer(middleware::from_fn_with_state(access, access::guard)), metrics)
+    let watch_body = middleware::from_fn_with_state(app.patience, connections::watch_body);
+    let guard = middleware::from_fn_with_state(access, access::guard);
+    around(router.with_state(app).layer(watch_body).layer(guard), metrics)
 }
 
 /// The API of the workers, for the listener that is theirs alone.

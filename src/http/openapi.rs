@@ -3,8 +3,13 @@
 use axum::Json;
 use axum::http::header;
 use axum::response::IntoResponse;
+use utoipa::openapi::header::HeaderBuilder;
+use utoipa::openapi::path::{Operation, PathItem};
+use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{InfoBuilder, OpenApi, SecurityRequirement, Tag};
+use utoipa::openapi::{
+    ContentBuilder, InfoBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder, SecurityRequirement, Tag,
+};
 
 /// The specification.
 pub fn specification() -> OpenApi {
@@ -28,9 +33,58 @@ pub fn specification() -> OpenApi {
     let components = api.components.get_or_insert_default();
     components.add_security_scheme("bearer", bearer);
     api.security = Some(vec![SecurityRequirement::new("bearer", Vec::<String>::new())]);
-    let tags = ["Files", "Fine-tuning", "Artifacts", "Models", "Server"];
+    let tags = ["Files", "Uploads", "Fine-tuning", "Artifacts", "Models", "Server"];
     api.tags = Some(tags.map(Tag::new).to_vec());
+    for (path, item) in &mut api.paths.paths {
+        let PathItem { get, post, delete, .. } = item;
+        for operation in [get, post, delete].into_iter().flatten() {
+            describe_answers(path, operation);
+        }
+    }
     api
+}
+
+/// Names every status that the operation may answer with, in the place of the `default` that its annotation has for all errors.
+fn describe_answers(path: &str, operation: &mut Operation) {
+    let may_err = operation.responses.responses.remove("default").is_some();
+    let is_open = operation.security.is_some();
+    let has_part = operation.responses.responses.contains_key("206");
+    let body = operation.request_body.as_ref().and_then(|body| match body {
+        RefOr::T(body) => body.content.keys().next().cloned(),
+        RefOr::Ref(_) => None,
+    });
+    let answers = [
+        (
+            "400",
+            may_err,
+            "Bad input: `param` names the field or parameter, `message` also the value and what would be right",
+        ),
+        ("401", !is_open, "No key, or a wrong one"),
+        ("403", true, "A page of another site, or a Host that is not this machine's while no key is configured"),
+        ("404", may_err && path.contains('{'), "Nothing has this id, or it is another owner's"),
+        ("413", body.is_some(), "The body is too long"),
+        ("415", body.is_some_and(|kind| kind == "application/json"), "The body is not application/json"),
+        ("416", has_part, "The range lies outside of the bytes"),
+        ("5XX", true, "A fault of the server's own (500), or it is about to end or took too long (503)"),
+    ];
+    for (status, is_possible, description) in answers {
+        if is_possible {
+            let answer = || RefOr::T(error_answer(description));
+            operation.responses.responses.entry(status.into()).or_insert_with(answer);
+        }
+    }
+    let id = HeaderBuilder::new().description(Some("Names the request in the server's log"));
+    let id = id.schema(Some(ObjectBuilder::new().schema_type(Type::String))).build();
+    for answer in operation.responses.responses.values_mut() {
+        if let RefOr::T(answer) = answer {
+            answer.headers.insert("x-request-id".into(), id.clone().into());
+        }
+    }
+}
+
+fn error_answer(description: &str) -> Response {
+    let body = ContentBuilder::new().schema(Some(Ref::from_schema_name("ErrorBody"))).build();
+    ResponseBuilder::new().description(description).content("application/json", body).build()
 }
 
 /// The specification as the committed `openapi.yaml` has it.
@@ -51,7 +105,7 @@ pub(super) async fn json() -> Json<OpenApi> {
 
 /// This specification as YAML.
 #[utoipa::path(get, path = "/openapi.yaml", operation_id = "openapiYaml", tag = "Server", security(()),
-    responses((status = 200, description = "The specification", body = String, content_type = "application/yaml")))]
+    responses((status = 200, description = "The specification", body = Object, content_type = "application/yaml")))]
 pub(super) async fn yaml() -> impl IntoResponse {
     let yaml = specification_yaml().expect("a test writes the same specification as YAML");
     ([(header::CONTENT_TYPE, "application/yaml")], yaml)

@@ -26,12 +26,16 @@ const MAX_MIME_TYPE_BYTES: usize = 255;
 #[serde(deny_unknown_fields)]
 pub(super) struct UploadRequest {
     /// Number of bytes that the parts will have together, from 1 to `server.max_upload_bytes`.
+    #[schema(minimum = 1)]
     bytes: u64,
     /// Name of the file.
+    #[schema(min_length = 1, max_length = 255)]
     filename: String,
     /// Its media type; any is taken.
+    #[schema(min_length = 1, max_length = 255)]
     mime_type: String,
     /// What the file is for: `fine-tune` for training rows.
+    #[schema(value_type = Purpose)]
     purpose: String,
     /// When the file may be removed.
     expires_after: Option<ExpiresAfter>,
@@ -42,8 +46,10 @@ pub(super) struct UploadRequest {
 #[serde(deny_unknown_fields)]
 pub(super) struct ExpiresAfter {
     /// Must be `created_at`.
+    #[schema(pattern = "^created_at$")]
     anchor: String,
     /// Seconds from then on, 3600 to 2592000.
+    #[schema(minimum = 3600, maximum = 2592000)]
     seconds: i64,
 }
 
@@ -54,6 +60,7 @@ pub(super) struct CompleteRequest {
     /// Ids of the parts, in the order of their bytes.
     part_ids: Vec<String>,
     /// MD5 of the whole file in hexadecimal digits, to be checked.
+    #[schema(pattern = "^[0-9a-fA-F]{32}$")]
     md5: Option<String>,
 }
 

@@ -100,10 +100,13 @@ pub struct MethodRequest {
 #[serde(deny_unknown_fields)]
 pub struct LoraFields {
     /// Rank, 1 to 1024; default 16.
+    #[schema(minimum = 1, maximum = 1024)]
     pub r: Option<u32>,
     /// Numerator of the scale, above 0; default 16.
+    #[schema(minimum = 0.001, maximum = 100000)]
     pub alpha: Option<f64>,
     /// Share of the LoRA's input that is dropped in training, in [0, 1); default 0.
+    #[schema(minimum = 0, exclusive_maximum = 1)]
     pub dropout: Option<f64>,
     /// Scale alpha/√r instead of alpha/r; default false.
     pub use_rslora: Option<bool>,
@@ -120,25 +123,29 @@ pub struct LoraFields {
 pub struct TrainingFields {
     /// Type of the operands of products: `f32`, `bf16` (an error where the processor has no instructions for it), or `auto`: bf16
     /// where it is fast, else f32.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, pattern = "^(auto|f32|bf16)$")]
     pub compute: Option<ComputeType>,
     /// Optimizer steps, instead of epochs.
     pub max_steps: Option<u32>,
     /// Examples computed at once; default 2.
+    #[schema(minimum = 1, maximum = 4096)]
     pub micro_batch_size: Option<u32>,
     /// Micro-batches a step; default 4.
+    #[schema(minimum = 1, maximum = 65536)]
     pub gradient_accumulation_steps: Option<u32>,
     /// Peak learning rate, in (0, 1]; default 2e-4.
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub learning_rate: Option<f64>,
     /// Steps in which the learning rate rises from 0; default 5.
     pub warmup_steps: Option<u32>,
     /// Schedule after warm-up: `linear`, `cosine` or `constant`; default linear.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, pattern = "^(linear|cosine|constant)$")]
     pub lr_scheduler: Option<LrScheduler>,
     /// Decoupled weight decay, in [0, 1]; default 0.01.
+    #[schema(minimum = 0, maximum = 1)]
     pub weight_decay: Option<f64>,
     /// `adamw`, or `adamw_8bit`, which needs less memory; default adamw.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, pattern = "^(adamw|adamw_8bit)$")]
     pub optimizer: Option<Optimizer>,
     /// Largest global norm of the gradient, above 0; default 1.
     pub max_grad_norm: Option<f64>,
@@ -149,11 +156,13 @@ pub struct TrainingFields {
     /// Whether the examples of a micro-batch lie end to end, not padded to one length; default true.
     pub packing: Option<bool>,
     /// `auto`, `none` or `full`.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, pattern = "^(auto|none|full)$")]
     pub gradient_checkpointing: Option<GradientCheckpointing>,
     /// Steps between evaluations on the validation file, which it needs; null: one at the end of each epoch, where there is one.
+    #[schema(minimum = 1, maximum = 10000000)]
     pub eval_steps: Option<u32>,
     /// Steps between listed checkpoints; null: one at the end of each epoch.
+    #[schema(minimum = 1, maximum = 10000000)]
     pub save_steps: Option<u32>,
     /// Ends the job before its last step, once the validation loss has not fallen for a while; it needs a validation file, and
     /// the result is the adapter of the best evaluation. Default null: off.
@@ -165,8 +174,10 @@ pub struct TrainingFields {
 #[serde(deny_unknown_fields)]
 pub struct EarlyStoppingFields {
     /// Evaluations in a row without a better loss, 1 to 10000; default 3.
+    #[schema(minimum = 1, maximum = 10000)]
     pub patience: Option<u32>,
     /// How much lower a loss must be to count as better, 0 to 100 nats; default 0.
+    #[schema(minimum = 0, maximum = 100)]
     pub min_delta: Option<f64>,
 }
 
@@ -191,7 +202,7 @@ impl From<EarlyStopping> for EarlyStoppingFields {
 #[serde(deny_unknown_fields)]
 pub struct DatasetFields {
     /// `auto`, `alpaca`, `sharegpt`, `chat`, `completion` or `text`.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, pattern = "^(auto|alpaca|sharegpt|chat|completion|text)$")]
     pub format: Option<DatasetFormat>,
     /// The file's names for fields of the format, `{"instruction": "question", "output": "answer"}` for one.
     pub columns: Option<Columns>,
@@ -199,7 +210,7 @@ pub struct DatasetFields {
     #[schema(value_type = Option<String>)]
     pub template: Option<Template>,
     /// `completions` or `all`.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, pattern = "^(completions|all)$")]
     pub train_on: Option<TrainOn>,
 }
 
@@ -212,10 +223,13 @@ pub struct JobRequest {
     #[schema(example = "smollm2-135m-instruct")]
     pub model: String,
     /// Id of an uploaded file with purpose `fine-tune`.
+    #[schema(pattern = "^file-[0-9a-f]{32}$")]
     pub training_file: String,
     /// Id of an uploaded file with purpose `fine-tune` whose loss is watched and never trained on.
+    #[schema(pattern = "^file-[0-9a-f]{32}$")]
     pub validation_file: Option<String>,
     /// Becomes part of the model's name: 1 to 64 letters, digits, `.`, `_` and `-`.
+    #[schema(pattern = "^[0-9A-Za-z._-]{1,64}$")]
     pub suffix: Option<String>,
     /// Seed of LoRA initialisation and shuffling; default 3407.
     pub seed: Option<u64>,
@@ -231,10 +245,12 @@ pub struct JobRequest {
     /// The LoRA.
     pub lora: Option<LoraFields>,
     /// Must be `auto`: the base stays as its file stores it.
+    #[schema(pattern = "^auto$")]
     pub quantization: Option<String>,
     /// The data set.
     pub dataset: Option<DatasetFields>,
     /// -1000 to 1000, default 0: of jobs that wait, higher ones are trained first, then older ones.
+    #[schema(minimum = -1000, maximum = 1000)]
     pub priority: Option<i64>,
     /// The training loop.
     pub training: Option<TrainingFields>,

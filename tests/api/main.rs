@@ -18,5 +18,6 @@ mod openapi;
 mod owners;
 mod queue;
 mod server_metrics;
+mod strangers;
 mod uploads;
 mod worker_protocol;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lorad::config::Config;
-use lorad::http::{App, public_router, worker_router};
+use lorad::http::{App, public_router, serve, worker_router};
 use lorad::hub::{Hub, Options};
 use lorad::jobs::Jobs;
 use lorad::jobs::claim::{Claimed, claim};
@@ -77,7 +77,7 @@ impl TestApp {
         let socket = UnixListener::bind(config.server.data_dir.join("worker.sock")).expect("a socket");
         let mut servers = JoinSet::new();
         let (public, worker) = (public_router(app.clone()), worker_router(app));
-        servers.spawn(async move { axum::serve(listener, public).await.expect("the server runs") });
+        servers.spawn(serve(listener, public, config.patience(), CancellationToken::new()));
         servers.spawn(async move { axum::serve(socket, worker).await.expect("the server runs") });
         Self { url, jobs, shutdown, client: Client::new(), key: None, folder, _servers: servers }
     }
