@@ -147,7 +147,7 @@ pub(super) async fn preview(
 ///
 /// Says whether the training fits this machine's memory, and what to change where it does not.
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/estimate", operation_id = "estimateFineTuningJob", tag = "Fine-tuning", request_body = JobRequest,
-    responses((status = 200, description = "Done", body = EstimateView), (status = "default", description = "An error", body = ErrorBody)))]
+    responses((status = 200, description = "Done", body = EstimateView), (status = 404, description = "The base model does not exist", body = ErrorBody), (status = "default", description = "An error", body = ErrorBody)))]
 pub(super) async fn estimate(
     State(app): State<App>,
     Owner(owner): Owner,

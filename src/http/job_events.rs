@@ -191,15 +191,19 @@ impl Follower {
     async fn read(&mut self) -> Result<bool> {
         self.news.mark_unchanged();
         let mut conn = self.app.jobs.store.read().await?;
-        // First the state, then the events: an end that is seen has its last event behind it.
-        let job = store::job::get(&mut conn, self.job).await?;
-        let events = store::event::newer_than(&mut conn, self.job, self.seq, BATCH).await?;
+        let mut events = store::event::newer_than(&mut conn, self.job, self.seq, BATCH).await?;
         if events.is_empty() {
-            if job.is_none_or(|job| job.status.is_final()) {
+            // First the state, then the events once more: an end that is seen has its last event behind it.
+            let job = store::job::get(&mut conn, self.job).await?;
+            if job.is_some_and(|job| !job.status.is_final()) {
+                return Ok(false);
+            }
+            events = store::event::newer_than(&mut conn, self.job, self.seq, BATCH).await?;
+            if events.is_empty() {
                 self.waiting.push_back(sse::Event::default().data("[DONE]"));
                 self.ended = true;
+                return Ok(true);
             }
-            return Ok(self.ended);
         }
         for event in events {
             self.seq = event.seq;

@@ -79,6 +79,8 @@ impl Store {
         // refuse every later one on that connection.
         let pool = SqlitePoolOptions::new()
             .max_connections(8)
+            // A connection is tried when it is given back; a file does not go away meanwhile, as a network may.
+            .test_before_acquire(false)
             .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }));
         let pool = pool.connect_with(options).await?;
         sqlx::migrate!().run(&pool).await?;

@@ -38,7 +38,8 @@ async fn jobs_survive_whatever_happens_to_them() {
         let plan = Plan::draw(seed);
         let kinds: Vec<String> = plan.strikes.iter().map(|strike| format!("{:?}", strike.fault)).collect();
         let ends = run(plan, &references).await;
-        eprintln!("seed {seed}: {} after {:.1} s; {}", ends, begin.elapsed().as_secs_f64(), kinds.join(", "));
+        let seconds = begin.elapsed().as_secs_f64();
+        eprintln!("seed {seed}: {ends}, after {seconds:.1} s; {}", kinds.join(", "));
     }
 }
 
