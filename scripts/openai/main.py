@@ -74,6 +74,7 @@ GROUPS = (
     ("ids that nobody has", refusals.missing),
     ("files in use", refusals.files_in_use),
     ("callers that are refused", refusals.callers),
+    ("models that are deleted", models.deletion),
 )
 
 

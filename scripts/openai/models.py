@@ -22,10 +22,23 @@ def models(run):
 
 
 def refusals(run):
-    """A name that is no model's, and the deletion that there is not."""
+    """A name that is no model's, and models that cannot be deleted."""
     wire, models = run.wire, run.wire.client.models
     missing = lambda name: name.replace("/", "%2F") if run.is_old else name
     for name in ("gpt-4o-mini", "ft:smollm2-135m-instruct:lorad:nobody:abcd1234", "hf:nobody/nothing/nowhere.gguf", "a b%"):
         call = lambda: models.retrieve(missing(name))
         wire.refused(openai.NotFoundError, 404, call, param="model", code="model_not_found", names=[name])
-    wire.refused(openai.APIStatusError, 405, lambda: models.delete(run.tuned), names=["DELETE"])
+        wire.refused(
+            openai.NotFoundError, 404, lambda: models.delete(missing(name)), param="model", code="model_not_found", names=[name]
+        )
+    wire.refused(openai.BadRequestError, 400, lambda: models.delete(run.model), param="model", names=[run.model])
+
+
+def deletion(run):
+    """A checkpoint's model and the tuned one go; their job stays."""
+    wire, check, models = run.wire, run.tally.check, run.wire.client.models
+    checkpoint = next(model.id for model in models.list() if model.id.startswith(f"{run.tuned}:ckpt-step-"))
+    for name in (checkpoint, run.tuned):
+        deleted = wire.ask("ModelDeleted", lambda: models.delete(name))
+        check(deleted.id == name and deleted.deleted, f"models.delete {name}: {deleted}")
+        wire.refused(openai.NotFoundError, 404, lambda: models.retrieve(name), param="model", code="model_not_found", names=[name])
