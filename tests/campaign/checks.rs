@@ -123,7 +123,7 @@ pub(crate) async fn check(world: &mut World, jobs: &[(Seen, &Record)]) -> String
     }
     let store = Store::open(&world.copy_of_database()).await.expect("a database");
     world.start_server().await;
-    let named = store::object::named(&mut *store.read().await.expect("a connection")).await.expect("keys");
+    let named = store::object::named(&mut store.read().await.expect("a connection")).await.expect("keys");
     let named: BTreeSet<String> = named.into_iter().collect();
     let begin = Instant::now();
     while stored(world) != named {
