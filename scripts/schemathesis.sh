@@ -50,6 +50,8 @@ jobs.values = [$(toml_list "${jobs[@]}")]
 uploads.values = [$(toml_list "${uploads[@]}")]
 artifacts.values = ["$artifact"]
 models.values = ["$model", "$tuned"]
+bases.values = ["$model"]
+templates.values = ["auto", "alpaca"]
 
 [parameters]
 "path.file_id" = {dictionary = "files", probability = 0.5}
@@ -57,6 +59,8 @@ models.values = ["$model", "$tuned"]
 "path.upload_id" = {dictionary = "uploads", probability = 0.5}
 "path.artifact_id" = {dictionary = "artifacts", probability = 0.5}
 "path.model" = {dictionary = "models", probability = 0.5}
+"query.model" = {dictionary = "bases", probability = 0.5}
+"query.template" = {dictionary = "templates", probability = 0.5}
 
 [[operations]]
 include-operation-id = ["listFineTuningEvents", "readFineTuningLogs"]

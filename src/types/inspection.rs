@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::artifact::ArtifactRequest;
+use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
 use super::job_spec::Invalid;
 
 /// What is asked, and of what.
@@ -248,9 +248,11 @@ pub struct Change {
 /// How large an artifact will be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ArtifactBytes {
-    /// The artifact.
-    #[serde(flatten)]
-    pub artifact: ArtifactRequest,
+    /// Its kind.
+    #[serde(rename = "type")]
+    pub kind: ArtifactType,
+    /// How a GGUF file stores its matrices.
+    pub quantization: Option<Quantization>,
     /// Its bytes; those of archives and of LoRA files without their headers, some kilobytes.
     pub bytes: u64,
 }

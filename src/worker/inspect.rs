@@ -146,7 +146,7 @@ fn estimate(
                 base.tensors().iter().map(|tensor| (tensor.rows() * tensor.columns() * 2) as u64).sum()
             }
         };
-        Ok(ArtifactBytes { artifact, bytes })
+        Ok(ArtifactBytes { kind: artifact.kind, quantization: artifact.quantization, bytes })
     });
     let artifacts = sizes.collect::<Result<Vec<_>, lorad_engine::Error>>()?;
     Ok(Answer::Estimate(Estimate {

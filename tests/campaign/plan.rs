@@ -89,6 +89,26 @@ pub(crate) enum Fault {
     Cancel { job: usize },
 }
 
+impl Fault {
+    /// Whether it is nothing where no worker is.
+    pub(crate) fn is_for_workers(self) -> bool {
+        match self {
+            Self::KillWorker
+            | Self::KillServer { .. }
+            | Self::KillBoth { .. }
+            | Self::Drain
+            | Self::HoldWorker { .. }
+            | Self::FullDisk { .. } => true,
+            Self::HoldServer { .. }
+            | Self::SlowStorage { .. }
+            | Self::StorageErrors { .. }
+            | Self::ClockJump { .. }
+            | Self::Pause { .. }
+            | Self::Cancel { .. } => false,
+        }
+    }
+}
+
 /// How many kinds of jobs there are.
 pub(crate) const SPECS: usize = 4;
 
@@ -123,7 +143,7 @@ impl Plan {
         let count = random.random_range(1..=3);
         let time_ms = JOB_MS * count as u64;
         let mut strikes: Vec<Strike> = (0..random.random_range(1..=4))
-            .map(|_| Strike { at_ms: random.random_range(0..time_ms), fault: fault(&mut random, count) })
+            .map(|_| Strike { at_ms: random.random_range(300..time_ms), fault: fault(&mut random, count) })
             .collect();
         strikes.sort_by_key(|strike| strike.at_ms);
         // A request that calls itself repeated is known for two minutes, by the wall clock.

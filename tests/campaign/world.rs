@@ -23,6 +23,8 @@ use super::shim::{Control, Shim};
 
 /// Seconds of a worker's lease.
 const LEASE_SECONDS: &str = "6";
+/// Longest wait for a worker that a fault is to hit.
+const WORKER_PATIENCE: Duration = Duration::from_secs(3);
 /// Lines of the server's log that a failed run shows.
 const LOG_LINES: usize = 60;
 
@@ -240,8 +242,19 @@ impl World {
         self.effects.is_empty()
     }
 
+    /// Waits a moment for a worker to be there: what is to hit one should.
+    async fn worker_is_there(&self) {
+        let begin = Instant::now();
+        while self.workers().is_empty() && begin.elapsed() < WORKER_PATIENCE {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     /// Lets a fault happen. `jobs` are the ids of the plan's jobs, as they come.
     pub(crate) async fn strike(&mut self, fault: Fault, jobs: &[watch::Receiver<Option<String>>]) {
+        if fault.is_for_workers() {
+            self.worker_is_there().await;
+        }
         match fault {
             Fault::KillWorker => {
                 self.signal_workers(Signal::SIGKILL);
