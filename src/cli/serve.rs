@@ -79,7 +79,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   [retention]                    days that things are kept; without a number for ever
   files_days = 90                files, from their upload; those that unfinished jobs need stay
   checkpoints_days = 30          listed checkpoints, from the end of their job
-  artifacts_days = 365           artifacts, from the end of their job
+  artifacts_days = 365           artifacts, from the end of their job, or from their making after it
   [auth]
   bootstrap_key = \"KEY\"          an API key of the owner `default`, beside those of `lorad keys create`; without any key
                                  anybody on this machine may call

@@ -59,7 +59,7 @@ mod tests {
     use crate::jobs::add_file::add_file;
     use crate::jobs::testing;
     use crate::storage::{artifact_key, checkpoint_key, file_key};
-    use crate::types::artifact::{Artifact, ArtifactType};
+    use crate::types::artifact::{Artifact, ArtifactRequest, ArtifactType};
     use crate::types::attempt::Attempt;
     use crate::types::checkpoint::Checkpoint;
     use crate::types::file::{File, FileStatus, Purpose};
@@ -217,5 +217,27 @@ mod tests {
         assert_eq!(apply(&jobs, &rules, 9 * DAY_MS).await.expect("rules"), 0);
         finish(&jobs, second, 0).await;
         assert_eq!(apply(&jobs, &rules, 9 * DAY_MS).await.expect("rules"), 1);
+    }
+
+    #[tokio::test]
+    async fn an_export_keeps_what_it_is_made_of_and_has_days_of_its_own() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let (id, _, _) = job(&jobs).await;
+        finish(&jobs, id, 0).await;
+        let export = ArtifactId::new();
+        let request = ArtifactRequest { kind: ArtifactType::GgufLora, quantization: None };
+        let mut tx = jobs.store.begin_write().await.expect("a transaction");
+        store::export::insert(&mut tx, export, id, &request, 0).await.expect("a row");
+        tx.commit().await.expect("a commit");
+        let rules = Retention { artifacts_days: Some(1), ..Retention::default() };
+        assert_eq!(apply(&jobs, &rules, 9 * DAY_MS).await.expect("rules"), 0);
+
+        let mut tx = jobs.store.begin_write().await.expect("a transaction");
+        store::export::delete(&mut tx, export).await.expect("a row");
+        sqlx::query("update artifact set created_at_ms = ?").bind(8 * DAY_MS + 1).execute(&mut *tx).await.expect("a row");
+        tx.commit().await.expect("a commit");
+        assert_eq!(apply(&jobs, &rules, 9 * DAY_MS).await.expect("rules"), 0);
+        assert_eq!(apply(&jobs, &rules, 10 * DAY_MS).await.expect("rules"), 1);
     }
 }

@@ -89,8 +89,8 @@ pub async fn delete_of_job(conn: &mut SqliteConnection, job_id: JobId) -> Result
     Ok(keys)
 }
 
-/// Removes up to `limit` rows of artifacts whose job came to its end at `before_ms` or earlier, and tells where their bytes are;
-/// those that an unfinished job begins with stay.
+/// Removes up to `limit` rows of artifacts that were made at `before_ms` or earlier, as was the end of their job, and tells where
+/// their bytes are; those that an unfinished job begins with, or an export may be made of, stay.
 ///
 /// # Errors
 /// The database failed.
@@ -98,7 +98,8 @@ pub async fn delete_older(conn: &mut SqliteConnection, before_ms: i64, limit: i6
     let keys = sqlx::query_scalar!(
         "delete from artifact where id in (
            select artifact.id from artifact join job on job.id = artifact.job_id
-            where job.status in ('succeeded', 'failed', 'cancelled') and job.finished_at_ms <= ?
+            where job.status in ('succeeded', 'failed', 'cancelled') and max(job.finished_at_ms, artifact.created_at_ms) <= ?
+              and not exists (select 1 from export where export.job_id = job.id and export.status in ('queued', 'running'))
               and artifact.id not in (select json_extract(spec, '$.init_from.artifact_id') from job
                                        where status not in ('succeeded', 'failed', 'cancelled')
                                          and json_extract(spec, '$.init_from.artifact_id') is not null)
