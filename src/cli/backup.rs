@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use nix::sys::stat::{Mode, umask};
 
+use super::keep_private;
 use super::serve::{lock, private_folder};
 use crate::config::{Config, Flags, Location};
 use crate::jobs::backup;
@@ -14,7 +14,8 @@ use crate::store::Store;
 
 /// Writes database, files, checkpoints and artifacts of a server into one `.tar`; the server may run.
 ///
-/// The archive is what the database held at one moment. It has API keys as hashes and everybody's data: keep it as you keep the data folder.
+/// The archive is what the database held at one moment; a checkpoint that a running training replaced before it was copied is left out,
+/// and told. It has API keys as hashes and everybody's data: keep it as you keep the data folder.
 /// Base models, logs and the configuration are not in it.
 #[derive(Debug, Args)]
 pub struct BackupArgs {
@@ -27,7 +28,9 @@ pub struct BackupArgs {
 
 /// Brings a backup into an empty data folder and an empty storage, of whatever kind; no server may run.
 ///
-/// Everything is compared with its hash before the server has it. Trainings that ran when the backup was made go on from their checkpoint.
+/// Everything is compared with its hash before the server has it. Trainings that ran when the backup was made go on from the newest
+/// checkpoint that it has of them, or begin again. A restore that was killed leaves objects that must be removed by hand: the folders files,
+/// jobs and uploads of the storage.
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     #[command(flatten)]
@@ -54,7 +57,7 @@ impl ServerArgs {
         if config.storage_location()? == Location::Memory {
             bail!("storage.url is `memory:`: such objects live in the server's process alone");
         }
-        umask(Mode::from_bits_truncate(0o077));
+        keep_private();
         Ok(config)
     }
 }
@@ -76,13 +79,19 @@ pub fn back_up(args: BackupArgs) -> anyhow::Result<()> {
     let scratch = scratch_beside(&to)?;
     let part = scratch.path().join("archive");
     let manifest = run(async {
-        let (store, storage) = (Store::open(&database).await?, Storage::from_config(&config)?);
+        let (store, storage) = (Store::open_as_it_is(&database).await?, Storage::from_config(&config)?);
         let manifest = backup::back_up(&store, &storage, &part, scratch.path()).await;
         store.close().await;
         manifest
     })?;
-    std::fs::rename(&part, &to).with_context(|| format!("cannot make {}", to.display()))?;
+    backup::settle(&part, &to)?;
     eprintln!("{}: the database and {} objects of {} bytes", to.display(), manifest.objects, manifest.object_bytes);
+    if manifest.forgotten > 0 {
+        eprintln!(
+            "{} objects were removed or replaced while the others were copied, and are left out",
+            manifest.forgotten
+        );
+    }
     Ok(())
 }
 

@@ -5,13 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
-use nix::sys::stat::{Mode, umask};
 use secrecy::ExposeSecret;
 use serde_json::json;
 
-use super::named;
 use super::serve::private_folder;
 use super::terminal::in_line;
+use super::{keep_private, named};
 use crate::config::{Config, Flags};
 use crate::jobs::keys::{NewKey, create_key, revoke_key};
 use crate::store::{self, Store};
@@ -72,7 +71,7 @@ struct CreateArgs {
 pub fn run(command: KeysCommand) -> anyhow::Result<()> {
     let KeysCommand { action, config, data_dir } = command;
     let config = Config::load(&Flags { config, data_dir, ..Flags::default() })?;
-    umask(Mode::from_bits_truncate(0o077));
+    keep_private();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("cannot start the async runtime")?.block_on(async {
         let store = open(&config, matches!(action, Action::Create(_))).await?;
@@ -85,12 +84,15 @@ pub fn run(command: KeysCommand) -> anyhow::Result<()> {
 /// Opens the server's database; only who makes a key makes one that is not there yet.
 async fn open(config: &Config, create: bool) -> anyhow::Result<Store> {
     let path = config.database_path();
-    if create {
+    let opened = if path.exists() {
+        Store::open_as_it_is(&path).await
+    } else if create {
         private_folder(&config.server.data_dir)?;
-    } else if !path.exists() {
+        Store::open(&path).await
+    } else {
         bail!("there is no database {}: name the server's --data-dir or --config", path.display());
-    }
-    Store::open(&path).await.with_context(|| format!("cannot open the database {}", path.display()))
+    };
+    opened.with_context(|| format!("cannot open the database {}", path.display()))
 }
 
 async fn perform(action: Action, store: &Store) -> anyhow::Result<()> {

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use clap::Args;
+use nix::sys::stat::{Mode, umask};
 
 use crate::config::{Config, Flags};
 use crate::hub::Hub;
@@ -44,6 +45,11 @@ impl ModelArgs {
         let model = hub.fetch(&self.base).with_context(|| format!("`{}` is no file here", self.base))?;
         Ok((self.base.clone(), model.path))
     }
+}
+
+/// From here on every file and folder that this process makes is its user's alone, also where the folder that it is in is not.
+fn keep_private() {
+    umask(Mode::from_bits_truncate(0o077));
 }
 
 /// Reads a value by the name that it has in the HTTP API.

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use axum::Router;
-use nix::sys::stat::{Mode, umask};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::keep_private;
 use crate::config::{Config, Flags};
 use crate::http::{self, App};
 use crate::hub::Hub;
@@ -111,8 +111,7 @@ What [storage] does not say of a service, AWS_*, GOOGLE_* and AZURE_* variables 
 pub fn run(options: Options) -> anyhow::Result<()> {
     let Options { config, data_dir, listen, models_dir } = options;
     let config = Config::load(&Flags { config, data_dir, listen, models_dir })?;
-    // Everything that is kept is this user's alone, also where the data folder is not.
-    umask(Mode::from_bits_truncate(0o077));
+    keep_private();
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     runtime.block_on(serve(&config))
 }

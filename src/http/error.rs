@@ -278,7 +278,15 @@ impl From<jobs::Error> for ApiError {
             jobs::Error::TooManyInspections => Self::unavailable(message).retry(Retry::After { seconds: 5 }),
             jobs::Error::InspectionTooLong { .. } => Self::unavailable(message).retry(Retry::Never),
             jobs::Error::Inspection(_) => Self::bad_body(message).code("inspection_failed"),
-            jobs::Error::Refused(Refusal { code, param, .. }) => Self { param, ..Self::bad_body(message).code(code) },
+            jobs::Error::Inspector(error) => Self::internal(error.as_ref()),
+            jobs::Error::Refused(Refusal { code, param, .. }) => {
+                let status = match code.as_str() {
+                    "model_not_found" => StatusCode::NOT_FOUND,
+                    "model_download_failed" => StatusCode::SERVICE_UNAVAILABLE,
+                    _ => StatusCode::BAD_REQUEST,
+                };
+                Self { param, ..Self::new(status, message).code(code) }
+            }
             jobs::Error::Background(error) => Self::internal(&error),
         }
     }

@@ -12,7 +12,6 @@ use super::error::{ApiError, ErrorBody, Result};
 use super::list::List;
 use super::request::{JsonBytes, NoParams, Params};
 use crate::store::job::Request;
-use crate::types::ORGANIZATION;
 use crate::types::artifact::ArtifactRequest;
 use crate::types::ids::JobId;
 use crate::types::job::{Job, JobError, Metadata, Status};
@@ -20,6 +19,7 @@ use crate::types::job_request::{
     DatasetFields, HyperparametersRequest, JobRequest, LoraFields, MethodRequest, SupervisedRequest, TrainingFields,
 };
 use crate::types::job_spec::JobSpec;
+use crate::types::{ORGANIZATION, now_ms};
 use crate::{jobs, store};
 
 /// A fine-tuning job: OpenAI's fields, then lorad's.
@@ -132,7 +132,7 @@ impl From<Job> for JobView {
 async fn view(app: &App, job: Job) -> Result<JobView> {
     let estimated_finish = match job.status {
         Status::Running => {
-            let end = store::metric::expected_end_ms(&mut *app.jobs.store.read().await?, job.id).await?;
+            let end = store::metric::expected_end_ms(&mut *app.jobs.store.read().await?, job.id, now_ms()).await?;
             end.map(|at| at / 1000)
         }
         Status::ValidatingFiles

@@ -10,11 +10,13 @@ use super::access::Owner;
 use super::error::{ApiError, ErrorBody, Result};
 use super::files;
 use super::request::{JsonBytes, NoParams, Params};
-use crate::jobs::inspector::Subject;
 use crate::types::file::File;
-use crate::types::inspection::{Answer, DatasetPreview, DatasetReports, DatasetSettings, Estimate, Question, Refusal};
+use crate::types::inspection::{
+    Answer, DatasetPreview, DatasetReports, DatasetSettings, Estimate, Question, Refusal, Subject,
+};
 use crate::types::job_request::JobRequest;
 use crate::types::job_spec::JobSpec;
+use crate::types::now_ms;
 use crate::{jobs, store};
 
 /// Most rows of a preview.
@@ -90,13 +92,15 @@ pub(super) async fn report(
     let validation_file: Option<String> = params.take("validation_file")?;
     params.finish()?;
     let file = files::find(&app, &owner, &id).await?;
-    let validation =
-        match &validation_file {
-            None => None,
-            Some(id) => Some(files::find(&app, &owner, id).await.map_err(|_| {
-                ApiError::bad_request("validation_file", format!("validation_file `{id}` does not exist"))
-            })?),
-        };
+    let validation = match &validation_file {
+        None => None,
+        Some(id) => {
+            let missing = || ApiError::bad_request("validation_file", format!("validation_file `{id}` does not exist"));
+            let file_id = id.parse().map_err(|_| missing())?;
+            let found = store::file::find(&mut *app.jobs.store.read().await?, file_id, &owner, now_ms()).await?;
+            Some(found.ok_or_else(missing)?)
+        }
+    };
     let model = model_for(&app, &owner, &file, model).await?;
     let spec = settings.resolve()?;
     let subject = Subject { model: &model, spec: &spec, training_file: &file, validation_file: validation.as_ref() };
@@ -183,7 +187,8 @@ fn settings(params: &mut Params) -> Result<DatasetSettings> {
     })
 }
 
-/// The base model that was named, or that of the newest job on the file.
+/// The base model that was named, or that of the newest job on the file. It must be on this machine: who may only look
+/// downloads nothing.
 async fn model_for(app: &App, owner: &str, file: &File, named: Option<String>) -> Result<String> {
     let model = match named {
         Some(model) => model,
@@ -196,7 +201,10 @@ async fn model_for(app: &App, owner: &str, file: &File, named: Option<String>) -
             })?
         }
     };
-    jobs::create::check_model(&app.hub, &model).await?;
+    if !jobs::create::has_model(&app.hub, &model).await? {
+        let message = format!("model `{model}` is not on this machine yet: a job, or its estimate, downloads it");
+        return Err(ApiError::bad_request("model", message));
+    }
     Ok(model)
 }
 

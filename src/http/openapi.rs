@@ -60,7 +60,11 @@ fn describe_answers(path: &str, operation: &mut Operation) {
             "Bad input: `param` names the field or parameter, `message` also the value and what would be right",
         ),
         ("401", !is_open, "No key, or a wrong one"),
-        ("403", true, "A page of another site, or a Host that is not this machine's while no key is configured"),
+        (
+            "403",
+            true,
+            "A page of another site, a Host that is not this machine's while there is no key, or a change with a key that may only read",
+        ),
         ("404", may_err && path.contains('{'), "Nothing has this id, or it is another owner's"),
         ("413", body.is_some(), "The body is too long"),
         ("415", body.is_some_and(|kind| kind == "application/json"), "The body is not application/json"),

@@ -46,6 +46,9 @@ pub struct Manifest {
     pub objects: u64,
     /// Bytes of all objects.
     pub object_bytes: u64,
+    /// Objects of the snapshot that the server had removed before they could be copied: checkpoints that a newer one replaced, or
+    /// what its owner deleted.
+    pub forgotten: u64,
 }
 
 /// Writes everything into a new file; `scratch` is a folder for the snapshot.
@@ -71,6 +74,7 @@ pub async fn back_up(store: &Store, storage: &Storage, target: &Path, scratch: &
             Err(error) => return Err(error.context(format!("cannot copy object {}", object.key))),
         }
     }
+    let forgotten = gone.len() as u64;
     for key in gone {
         let still_named = store::object::all(&mut *store.read().await?).await?.iter().any(|object| &object.key == key);
         ensure!(!still_named, "object {key} is missing in the storage, though the database names it");
@@ -82,8 +86,15 @@ pub async fn back_up(store: &Store, storage: &Storage, target: &Path, scratch: &
     let database_sha256 = sha256_of_file(&path).with_context(|| format!("cannot read {}", path.display()))?;
     archive.append_path_with_name(&path, DATABASE).context("cannot write the archive")?;
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    let manifest =
-        Manifest { format: FORMAT, version, created_at, database_sha256, objects: count, object_bytes: bytes };
+    let manifest = Manifest {
+        format: FORMAT,
+        version,
+        created_at,
+        database_sha256,
+        objects: count,
+        object_bytes: bytes,
+        forgotten,
+    };
     let json = serde_json::to_vec_pretty(&manifest)?;
     archive
         .append_data(&mut header(json.len() as u64), MANIFEST, json.as_slice())
@@ -127,11 +138,21 @@ async fn append_object(archive: &mut Builder<impl Write>, storage: &Storage, obj
 /// # Errors
 /// An archive that is not whole or not what it says, a storage that has objects, a database that is there, a disk that is full.
 pub async fn restore(archive: &Path, database: &Path, storage: &Storage, scratch: &Path) -> anyhow::Result<Manifest> {
-    ensure!(!database.exists(), "there is a database already: {}", database.display());
+    // A write-ahead log that another database left would be played back over this one.
+    for suffix in ["", "-wal", "-shm", "-journal"] {
+        let mut path = database.as_os_str().to_owned();
+        path.push(suffix);
+        let path = Path::new(&path);
+        ensure!(!path.exists(), "there is a database already, or what is left of one: {}", path.display());
+    }
     for folder in storage::FOLDERS {
         let found = storage.keys_older_than(folder, std::time::Duration::ZERO).await?;
         if let Some(key) = found.iter().find(|key| is_key(key)) {
-            bail!("the storage is not empty, it has the object {key} for one");
+            bail!(
+                "the storage is not empty, it has the object {key} for one; if it is of a restore that was broken off, remove the \
+                 folders {} of the storage",
+                storage::FOLDERS.join(", ")
+            );
         }
     }
     let mut put = HashMap::new();
@@ -182,10 +203,21 @@ async fn read_archive(
     let sha256 = sha256_of_file(&snapshot).context("the archive has no database")?;
     ensure!(sha256 == manifest.database_sha256, "the archive's database is damaged");
     check_and_settle(&snapshot, put).await?;
-    std::fs::copy(&snapshot, database.with_extension("restoring")).context("cannot copy the database")?;
-    std::fs::rename(database.with_extension("restoring"), database)
-        .with_context(|| format!("cannot make {}", database.display()))?;
+    let copy = database.with_extension("restoring");
+    std::fs::copy(&snapshot, &copy).context("cannot copy the database")?;
+    File::open(&copy).and_then(|file| file.sync_all()).context("cannot copy the database")?;
+    settle(&copy, database)?;
     Ok(manifest)
+}
+
+/// Gives a file that is whole its name, for good.
+///
+/// # Errors
+/// A name that the operating system refuses.
+pub fn settle(from: &Path, to: &Path) -> anyhow::Result<()> {
+    std::fs::rename(from, to).with_context(|| format!("cannot make {}", to.display()))?;
+    let folder = to.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder).and_then(|folder| folder.sync_all()).with_context(|| format!("cannot sync {}", folder.display()))
 }
 
 async fn put_object(storage: &Storage, key: &str, entry: &mut Entry<'_, File>) -> anyhow::Result<Stored> {

@@ -117,17 +117,20 @@ async fn repeated(conn: &mut SqliteConnection, owner: &str, request: Request<'_>
     Ok(store::job::find(conn, id, owner).await?)
 }
 
-/// What the model's name begins with; a model that is known not to be there is told at once, not when the job has waited.
-/// The name that a model made of this base has of it; where the base is known not to be there, an error.
+/// The name that models made of this base get from it.
 ///
 /// # Errors
-/// No such base model.
-pub async fn check_model(hub: &Hub, model: &str) -> Result<String> {
+/// A base that is known not to be there.
+async fn check_model(hub: &Hub, model: &str) -> Result<String> {
+    has_model(hub, model).await?;
+    Ok(Reference::parse(model)?.name_base())
+}
+
+/// Whether the base model's file is on this machine; else it would have to be downloaded.
+///
+/// # Errors
+/// A base that is known not to be there.
+pub async fn has_model(hub: &Hub, model: &str) -> Result<bool> {
     let (hub, model) = (hub.clone(), model.to_owned());
-    let checked = tokio::task::spawn_blocking(move || {
-        let base_name = Reference::parse(&model)?.name_base();
-        hub.locate(&model)?;
-        Ok::<_, crate::hub::Error>(base_name)
-    });
-    Ok(checked.await??)
+    Ok(tokio::task::spawn_blocking(move || hub.locate(&model)).await??.is_some())
 }

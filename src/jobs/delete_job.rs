@@ -2,6 +2,7 @@
 
 use super::{Error, Jobs, Result};
 use crate::store;
+use crate::types::attempt::TaskKind;
 use crate::types::ids::{AttemptId, JobId};
 
 /// Removes this owner's finished job: events, metrics, attempts, checkpoints and artifacts in one transaction, then their
@@ -21,7 +22,8 @@ pub async fn delete_job(jobs: &Jobs, owner: &str, id: JobId) -> Result<Vec<Attem
     }
     let attempts = store::attempt::of_job(&mut tx, id).await?;
     if let Some(attempt) = attempts.iter().find(|attempt| attempt.ended_at_ms.is_none()) {
-        return refused(format!("attempt {} of it has not ended yet, try again in a few seconds", attempt.id));
+        let until = if attempt.task == TaskKind::Export { "when its export is made" } else { "in a few seconds" };
+        return refused(format!("attempt {} of it has not ended yet, try again {until}", attempt.id));
     }
     if let Some(user) = store::job::unfinished_with_adapter_of(&mut tx, id).await? {
         return refused(format!("the unfinished job {user} begins with its adapter (lora.init_from)"));

@@ -100,12 +100,16 @@ pub(super) async fn working_export(conn: &mut SqliteConnection, attempt_id: Atte
     export.ok_or(Error::AttemptEnded)
 }
 
-/// Puts the artifact that an attempt made in the export's place.
+/// Puts the artifact that an attempt made in the export's place. `false`: it stands there already, its worker had no answer.
 pub(super) async fn add_artifact(
     conn: &mut SqliteConnection,
     attempt: &Attempt,
     artifact: &mut Artifact,
-) -> Result<()> {
+) -> Result<bool> {
+    let made = store::artifact::list(conn, attempt.job_id).await?;
+    if made.iter().any(|made| made.attempt_id == attempt.id && made.sha256 == artifact.sha256) {
+        return Ok(false);
+    }
     let export = working_export(conn, attempt.id).await?;
     let request = ArtifactRequest { kind: artifact.kind, quantization: artifact.quantization };
     if export.request() != request {
@@ -114,7 +118,7 @@ pub(super) async fn add_artifact(
     artifact.id = export.id;
     store::export::delete(conn, export.id).await?;
     store::artifact::replace(conn, artifact).await?;
-    Ok(())
+    Ok(true)
 }
 
 /// Takes the last word of a worker that made an export.

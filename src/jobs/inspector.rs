@@ -6,10 +6,11 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use futures::TryStreamExt;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::ChildStderr;
 use tokio::sync::Semaphore;
 
 use super::launcher::{Launcher, describe};
@@ -17,8 +18,7 @@ use super::{Error, Jobs, Result};
 use crate::config::Config;
 use crate::storage::Expected;
 use crate::types::file::File;
-use crate::types::inspection::{Answer, Inspection, Question};
-use lorad_engine::spec::TrainSpec;
+use crate::types::inspection::{Answer, Inspection, Question, Subject};
 
 /// Longest wait for the process before to end.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -35,17 +35,14 @@ pub struct Inspector {
     time: Duration,
 }
 
-/// What is asked about, in the caller's words.
-#[derive(Debug, Clone)]
-pub struct Subject<'a> {
-    /// The base model.
-    pub model: &'a str,
-    /// Every hyperparameter.
-    pub spec: &'a TrainSpec,
-    /// The data set.
-    pub training_file: &'a File,
-    /// The data set whose loss is watched.
-    pub validation_file: Option<&'a File>,
+/// The folder of an inspection's files, which goes with it; removing gigabytes takes a thread that may wait.
+struct Scratch(Option<TempDir>);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let folder = self.0.take();
+        tokio::task::spawn_blocking(move || drop(folder));
+    }
 }
 
 impl Inspector {
@@ -72,81 +69,79 @@ impl Inspector {
 
     async fn answer(&self, jobs: &Jobs, question: Question, subject: Subject<'_>) -> Result<Answer> {
         let launcher = self.launcher.clone();
-        let scratch = tokio::task::spawn_blocking(move || launcher.inspection_folder()).await?;
-        let scratch = scratch.map_err(|error| Error::Inspection(format!("{error:#}")))?;
-        let training_file = scratch.path().join("training_file");
+        let folder = tokio::task::spawn_blocking(move || launcher.inspection_folder()).await?;
+        let folder = folder.map_err(Error::Inspector)?;
+        let path = folder.path().to_owned();
+        let _scratch = Scratch(Some(folder));
+        let training_file = path.join("training_file");
         fetch(jobs, subject.training_file, &training_file).await?;
         let validation_file = match subject.validation_file {
             None => None,
             Some(file) => {
-                let path = scratch.path().join("validation_file");
+                let path = path.join("validation_file");
                 fetch(jobs, file, &path).await?;
                 Some(path)
             }
         };
-        let (model, spec) = (subject.model.to_owned(), subject.spec.clone());
-        let inspection = Inspection { question, model, spec, training_file, validation_file };
-        let answer = self.run(&inspection, &scratch).await;
-        answer.map_err(|error| {
-            tracing::warn!("an inspection failed: {error:#}");
-            Error::Inspection(error.to_string())
-        })
+        let (model, spec, seconds) = (subject.model.to_owned(), subject.spec.clone(), self.time.as_secs());
+        let inspection = Inspection { question, model, spec, training_file, validation_file, seconds };
+        self.run(&inspection, &path).await
     }
 
-    /// Runs the process; an error's first sentence is for the caller.
-    async fn run(&self, inspection: &Inspection, scratch: &TempDir) -> anyhow::Result<Answer> {
-        let mut command = self.launcher.command("inspect", scratch.path());
+    async fn run(&self, inspection: &Inspection, scratch: &Path) -> Result<Answer> {
+        let mut command = self.launcher.command("inspect", scratch);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let mut child = command.spawn().context("no process can be started now")?;
+        let mut child = command.spawn().context("no process can be started").map_err(Error::Inspector)?;
         let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let (Some(mut stdin), Some(stdout), Some(mut stderr)) = pipes else {
-            anyhow::bail!("no process can be started now");
+        let (Some(mut stdin), Some(mut stdout), Some(stderr)) = pipes else {
+            return Err(Error::Inspector(anyhow!("a process has no pipes")));
         };
-        let question = serde_json::to_vec(inspection)?;
+        let question = serde_json::to_vec(inspection).context("a question is JSON").map_err(Error::Inspector)?;
         let ask = async move {
             // A process that ended says why in its log.
             let _ = stdin.write_all(&question).await;
         };
-        let mut answer = Vec::new();
-        let mut stdout = stdout.take(MAX_ANSWER_BYTES + 1);
-        let log = async move {
-            let (mut log, mut chunk) = (Vec::new(), [0; 1024]);
-            while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
-                log.extend_from_slice(&chunk[..length]);
-                log.drain(..log.len().saturating_sub(MAX_LOG_BYTES));
-            }
-            String::from_utf8_lossy(&log).trim().to_owned()
-        };
-        let listen = async {
-            let read = stdout.read_to_end(&mut answer).await;
+        let listen = async move {
+            let mut answer = Vec::new();
+            let read = (&mut stdout).take(MAX_ANSWER_BYTES + 1).read_to_end(&mut answer).await;
             // One that says too much would wait for ever to be heard.
             drop(stdout);
-            read
+            read.map(|_| answer)
         };
-        let ((), read, log, status) = tokio::join!(ask, listen, log, child.wait());
-        let length = read.context("the process does not answer")? as u64;
-        anyhow::ensure!(
-            length <= MAX_ANSWER_BYTES,
-            "the answer is longer than {MAX_ANSWER_BYTES} bytes: ask for fewer rows"
-        );
-        let status = status.context("the process ended in an unknown way")?;
-        if !status.success() {
-            return Err(anyhow::anyhow!("its log ends with: {log}"))
-                .with_context(|| format!("the process that read the data ended with {}", describe(status)));
+        let ((), answer, log, status) = tokio::join!(ask, listen, last_of(stderr), child.wait());
+        let answer = answer.context("a process's answer cannot be read").map_err(Error::Inspector)?;
+        if answer.len() as u64 > MAX_ANSWER_BYTES {
+            return Err(Error::Inspection(format!("the answer is longer than {MAX_ANSWER_BYTES} bytes, ask for less")));
         }
-        serde_json::from_slice(&answer).context("the process's answer cannot be read")
+        let status = status.context("a process ended in an unknown way").map_err(Error::Inspector)?;
+        if !status.success() {
+            tracing::warn!(log, "an inspection's process ended with {}", describe(status));
+            return Err(Error::Inspection(format!("the process that read it ended with {}", describe(status))));
+        }
+        let answer = tokio::task::spawn_blocking(move || serde_json::from_slice(&answer)).await?;
+        answer.context("a process's answer is not understood").map_err(Error::Inspector)
     }
+}
+
+/// The last of what a process writes into its log.
+async fn last_of(mut stderr: ChildStderr) -> String {
+    let (mut log, mut chunk) = (Vec::new(), [0; 1024]);
+    while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
+        log.extend_from_slice(&chunk[..length]);
+        log.drain(..log.len().saturating_sub(MAX_LOG_BYTES));
+    }
+    String::from_utf8_lossy(&log).trim().to_owned()
 }
 
 /// Copies a file of the storage, which checks that it is what was uploaded.
 async fn fetch(jobs: &Jobs, file: &File, target: &Path) -> Result<()> {
-    let broken = |error: std::io::Error| Error::Inspection(format!("{} cannot be copied: {error}", file.id));
+    let failed = |error: std::io::Error| Error::Inspector(anyhow!(error).context(format!("cannot copy {}", file.id)));
     let expected =
         Expected { key: &file.object_key, size_bytes: file.size_bytes.unsigned_abs(), sha256: Some(&file.sha256) };
     let mut body = jobs.storage.get(expected).await?;
-    let mut out = tokio::fs::File::create(target).await.map_err(broken)?;
+    let mut out = tokio::fs::File::create(target).await.map_err(failed)?;
     while let Some(chunk) = body.try_next().await? {
-        out.write_all(&chunk).await.map_err(broken)?;
+        out.write_all(&chunk).await.map_err(failed)?;
     }
-    out.flush().await.map_err(broken)
+    out.flush().await.map_err(failed)
 }

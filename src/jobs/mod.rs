@@ -45,6 +45,8 @@ use crate::types::job::{Job, Status};
 
 /// How long the removal of an object that nobody needs may hold up what it belongs to.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
+/// Objects that could not be removed after which the others are left for later.
+const MOST_REMOVAL_FAILURES: u32 = 5;
 
 /// Why a use case did not come about.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +161,9 @@ pub enum Error {
         /// The limit.
         seconds: u64,
     },
+    /// This machine refused what looking into a data set takes.
+    #[error("a process that looks into data failed: {0:#}")]
+    Inspector(anyhow::Error),
     /// A data set cannot be looked into.
     #[error("the data cannot be looked into: {0}")]
     Inspection(String),
@@ -221,17 +226,22 @@ impl Jobs {
     }
 
     /// Removes objects that no row names any more, and counts them. One that stays behind does no harm but its size, and the sweep
-    /// finds it; so nobody waits for the rest once storage has failed or takes its time.
+    /// finds it; so nobody waits for the rest once storage takes its time or has failed a few times.
     async fn remove_objects(&self, keys: impl IntoIterator<Item = String>) -> usize {
-        let (mut keys, mut count) = (keys.into_iter(), 0);
+        let (mut keys, mut count, mut failures) = (keys.into_iter(), 0, 0);
         while let Some(key) = keys.next() {
             let deleted = tokio::time::timeout(REMOVAL_PATIENCE, self.storage.delete(&key)).await;
-            if let Err(error) = deleted.unwrap_or(Err(storage::Error::Silent(REMOVAL_PATIENCE))) {
+            let Err(error) = deleted.unwrap_or(Err(storage::Error::Silent(REMOVAL_PATIENCE))) else {
+                count += 1;
+                continue;
+            };
+            tracing::warn!(key, %error, "an object that nobody needs could not be removed, a later sweep will");
+            failures += 1;
+            if failures == MOST_REMOVAL_FAILURES || matches!(error, storage::Error::Silent(_)) {
                 let left = keys.count();
-                tracing::warn!(key, left, %error, "objects that nobody needs could not be removed, a later sweep will");
+                tracing::warn!(left, "other objects that nobody needs are left to a later sweep");
                 break;
             }
-            count += 1;
         }
         count
     }

@@ -61,9 +61,9 @@ where
 async fn add(jobs: &Jobs, attempt: &Attempt, artifact: &mut Artifact) -> Result<Option<String>> {
     let mut tx = jobs.store.begin_write().await?;
     if attempt.task == TaskKind::Export {
-        exports::add_artifact(&mut tx, attempt, artifact).await?;
+        let added = exports::add_artifact(&mut tx, attempt, artifact).await?;
         tx.commit().await?;
-        return Ok(None);
+        return Ok((!added).then(|| artifact.object_key.clone()));
     }
     let job = working_job(&mut tx, attempt.id).await?;
     let request = ArtifactRequest { kind: artifact.kind, quantization: artifact.quantization };

@@ -235,7 +235,11 @@ mod tests {
 
         let mut tx = jobs.store.begin_write().await.expect("a transaction");
         store::export::delete(&mut tx, export).await.expect("a row");
-        sqlx::query("update artifact set created_at_ms = ?").bind(8 * DAY_MS + 1).execute(&mut *tx).await.expect("a row");
+        sqlx::query("update artifact set created_at_ms = ?")
+            .bind(8 * DAY_MS + 1)
+            .execute(&mut *tx)
+            .await
+            .expect("a row");
         tx.commit().await.expect("a commit");
         assert_eq!(apply(&jobs, &rules, 9 * DAY_MS).await.expect("rules"), 0);
         assert_eq!(apply(&jobs, &rules, 10 * DAY_MS).await.expect("rules"), 1);

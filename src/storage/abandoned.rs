@@ -61,10 +61,12 @@ impl Abandoned {
                     Err(error) => return Err(Error::Backend(error)),
                 }
             }
-            markers = match (page.is_truncated, page.next_key_marker, page.next_upload_id_marker) {
-                (true, Some(key), Some(id)) => Some((key, id)),
-                _ => return Ok(count),
-            };
+            let next = page.next_key_marker.zip(page.next_upload_id_marker).filter(|_| page.is_truncated);
+            // A service that gives the same page for ever would keep the sweep for ever.
+            if next.is_none() || next == markers {
+                return Ok(count);
+            }
+            markers = next;
         }
     }
 

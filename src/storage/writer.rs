@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 /// Bytes of one part; a smaller object is written in one go. A service takes 10000 parts, so an object has 78 GiB at most.
 pub(super) const PART_BYTES: usize = 8 << 20;
 /// Parts that are on their way at once: with the one that fills, so many are in memory.
-const PARTS_AT_ONCE: usize = 4;
+const PARTS_AT_ONCE: usize = 2;
 
 /// An object that comes.
 pub(super) struct Writer {

@@ -40,7 +40,7 @@ pub async fn find(conn: &mut SqliteConnection, id: ArtifactId, owner: &str) -> R
         Export,
         r#"select export.id as "id: ArtifactId", job_id as "job_id: JobId", type as "kind: ArtifactType",
                   quantization as "quantization: Quantization", export.status as "status: ExportStatus",
-                  attempt_id as "attempt_id: AttemptId", crashes, export.error_code, export.error_message,
+                  crashes, export.error_code, export.error_message,
                   export.created_at_ms
              from export join job on job.id = export.job_id where export.id = ? and job.owner = ?"#,
         id,
@@ -60,7 +60,7 @@ pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Expo
         Export,
         r#"select id as "id: ArtifactId", job_id as "job_id: JobId", type as "kind: ArtifactType",
                   quantization as "quantization: Quantization", status as "status: ExportStatus",
-                  attempt_id as "attempt_id: AttemptId", crashes, error_code, error_message, created_at_ms
+                  crashes, error_code, error_message, created_at_ms
              from export where job_id = ? order by id"#,
         job_id,
     )
@@ -78,7 +78,7 @@ pub async fn next(conn: &mut SqliteConnection) -> Result<Option<Export>> {
         Export,
         r#"select id as "id: ArtifactId", job_id as "job_id: JobId", type as "kind: ArtifactType",
                   quantization as "quantization: Quantization", status as "status: ExportStatus",
-                  attempt_id as "attempt_id: AttemptId", crashes, error_code, error_message, created_at_ms
+                  crashes, error_code, error_message, created_at_ms
              from export
             where status in ('running', 'queued')
               and not exists (select 1 from attempt where attempt.job_id = export.job_id and attempt.state <> 'ended')
@@ -98,7 +98,7 @@ pub async fn of_attempt(conn: &mut SqliteConnection, attempt_id: AttemptId) -> R
         Export,
         r#"select id as "id: ArtifactId", job_id as "job_id: JobId", type as "kind: ArtifactType",
                   quantization as "quantization: Quantization", status as "status: ExportStatus",
-                  attempt_id as "attempt_id: AttemptId", crashes, error_code, error_message, created_at_ms
+                  crashes, error_code, error_message, created_at_ms
              from export where attempt_id = ? and status = 'running'"#,
         attempt_id,
     )

@@ -139,17 +139,19 @@ pub async fn list(conn: &mut SqliteConnection, job_id: JobId) -> Result<Vec<Metr
     Ok(metrics)
 }
 
-/// When a training will have done all its steps, in milliseconds since 1970, if they go on as fast as the last ones; `None`: no step
-/// is done yet.
+/// When a training will have done all its steps, in milliseconds since 1970, if they go on as fast as the last ones from now or from
+/// the last one, whichever is later; `None`: no step is done yet.
 ///
 /// # Errors
 /// The database failed.
-pub async fn expected_end_ms(conn: &mut SqliteConnection, job_id: JobId) -> Result<Option<i64>> {
+pub async fn expected_end_ms(conn: &mut SqliteConnection, job_id: JobId, now_ms: i64) -> Result<Option<i64>> {
     let end = sqlx::query_scalar!(
-        r#"select cast(max(created_at_ms) + (max(total_steps) - max(step)) * avg(step_ms) as integer) as "end: i64"
-             from (select step, total_steps, step_ms, created_at_ms from job_metric where job_id = ?
+        r#"select cast(max(max(created_at_ms), ?2 - cast(avg(step_ms) as integer))
+                      + (max(total_steps) - max(step)) * avg(step_ms) as integer) as "end?: i64"
+             from (select step, total_steps, step_ms, created_at_ms from job_metric where job_id = ?1
                     order by step desc limit 20)"#,
         job_id,
+        now_ms,
     )
     .fetch_one(conn)
     .await?;

@@ -32,6 +32,17 @@ pub enum Error {
     /// The schema cannot be brought up to date.
     #[error("database migration failed: {0}")]
     Migration(#[from] sqlx::migrate::MigrateError),
+    /// The schema is another build's.
+    #[error(
+        "the database has schema {found:?}, this version of lorad has {wanted:?}: use the version that the server runs, or \
+         start a server of this version first"
+    )]
+    OtherSchema {
+        /// The last migration that was applied.
+        found: Option<i64>,
+        /// The last one that there is.
+        wanted: Option<i64>,
+    },
     /// A JSON column does not hold what this build writes there.
     #[error("database column {column} cannot be read: {source}")]
     Json {
@@ -67,6 +78,27 @@ impl Store {
     /// # Errors
     /// A file that cannot be opened or is no database, a schema of a newer build.
     pub async fn open(path: &Path) -> Result<Self> {
+        let store = Self::connect(path).await?;
+        sqlx::migrate!().run(&store.pool).await?;
+        Ok(store)
+    }
+
+    /// Opens a database that a server may be using, whose schema must be this build's own: it is not for anybody else to change.
+    ///
+    /// # Errors
+    /// A file that cannot be opened or is no database, a schema of another build.
+    pub async fn open_as_it_is(path: &Path) -> Result<Self> {
+        let store = Self::connect(path).await?;
+        // Not for the macro: the table is that of the migrations themselves.
+        let found = sqlx::query_scalar("select max(version) from _sqlx_migrations").fetch_one(&store.pool).await?;
+        let wanted = sqlx::migrate!().iter().map(|migration| migration.version).max();
+        if found != wanted {
+            return Err(Error::OtherSchema { found, wanted });
+        }
+        Ok(store)
+    }
+
+    async fn connect(path: &Path) -> Result<Self> {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -82,9 +114,7 @@ impl Store {
             // A connection is tried when it is given back; a file does not go away meanwhile, as a network may.
             .test_before_acquire(false)
             .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }));
-        let pool = pool.connect_with(options).await?;
-        sqlx::migrate!().run(&pool).await?;
-        Ok(Self { pool })
+        Ok(Self { pool: pool.connect_with(options).await? })
     }
 
     /// A connection to read with.
@@ -159,5 +189,17 @@ mod tests {
             sqlx::query(insert).execute(&mut *tx).await.expect("room again");
             tx.rollback().await.expect("an end");
         }
+    }
+
+    #[tokio::test]
+    async fn a_schema_of_another_build_is_nobodys_to_change() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("lorad.db");
+        let store = Store::open(&path).await.expect("a database");
+        Store::open_as_it_is(&path).await.expect("its own schema").close().await;
+        let older = "delete from _sqlx_migrations where version = (select max(version) from _sqlx_migrations)";
+        sqlx::query(older).execute(&store.pool).await.expect("an older schema");
+        let refused = Store::open_as_it_is(&path).await.expect_err("another schema");
+        assert!(matches!(refused, Error::OtherSchema { .. }), "{refused}");
     }
 }

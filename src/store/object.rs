@@ -31,15 +31,15 @@ pub struct Named {
     pub sha256: Option<String>,
 }
 
-/// Every object that a row names, with its size and hash.
+/// Every object that a row names, with its size and hash; those that are replaced soonest come first.
 ///
 /// # Errors
 /// The database failed.
 pub async fn all(conn: &mut SqliteConnection) -> Result<Vec<Named>> {
     let objects = sqlx::query_as!(
         Named,
-        r#"select object_key as "key!", size_bytes as "size_bytes!", sha256 as "sha256?: String" from file
-           union all select object_key, size_bytes, sha256 from checkpoint
+        r#"select object_key as "key!", size_bytes as "size_bytes!", sha256 as "sha256?: String" from checkpoint
+           union all select object_key, size_bytes, sha256 from file
            union all select object_key, size_bytes, sha256 from artifact
            union all select object_key, size_bytes, null from upload_part"#
     )

@@ -82,7 +82,7 @@ impl NewEvent {
         Self::message(Level::Info, "Files validated, moving job to queued state".into())
     }
 
-    /// The first attempt at training was made.
+    /// A training begins, or goes on after a pause.
     pub fn started() -> Self {
         Self::message(Level::Info, "Fine-tuning job started".into())
     }

@@ -1,7 +1,7 @@
 //! An export: an artifact that was asked for after its job had succeeded, until it is made.
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
-use super::ids::{ArtifactId, AttemptId, JobId};
+use super::ids::{ArtifactId, JobId};
 use super::text::text_enum;
 
 text_enum! {
@@ -29,8 +29,6 @@ pub struct Export {
     pub quantization: Option<Quantization>,
     /// How far it is.
     pub status: ExportStatus,
-    /// The attempt that makes it, or tried last.
-    pub attempt_id: Option<AttemptId>,
     /// Attempts that crashed.
     pub crashes: i64,
     /// A word that tells failures apart.

@@ -9,7 +9,21 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use super::file::File;
 use super::job_spec::Invalid;
+
+/// What is asked about, in the caller's words.
+#[derive(Debug, Clone)]
+pub struct Subject<'a> {
+    /// The base model.
+    pub model: &'a str,
+    /// Every hyperparameter.
+    pub spec: &'a TrainSpec,
+    /// The data set.
+    pub training_file: &'a File,
+    /// The data set whose loss is watched.
+    pub validation_file: Option<&'a File>,
+}
 
 /// What is asked, and of what.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,6 +38,8 @@ pub struct Inspection {
     pub training_file: PathBuf,
     /// The file of the data set whose loss is watched.
     pub validation_file: Option<PathBuf>,
+    /// Seconds after which nobody waits for the answer any more.
+    pub seconds: u64,
 }
 
 /// What to find out.

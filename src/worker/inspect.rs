@@ -1,6 +1,7 @@
 //! `lorad inspect`: reads one question from stdin, looks into a data set, and writes the answer to stdout.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use lorad_engine::adapter::LoraLayout;
@@ -20,6 +21,9 @@ use crate::memory::Bound;
 use crate::types::artifact::{ArtifactRequest, ArtifactType, Quantization};
 use crate::types::inspection::{Answer, ArtifactBytes, DatasetReports, Estimate, Inspection, Question, Refusal};
 use crate::types::worker_protocol::Finish;
+
+/// How much longer the process lives than the server waits for it.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// What `lorad inspect` is told on its command line; the question comes on stdin.
 #[derive(Debug, Clone, clap::Args)]
@@ -41,8 +45,19 @@ pub struct Options {
 /// Anything that is not the question's own fault.
 pub fn run(options: Options) -> anyhow::Result<()> {
     let inspection: Inspection = serde_json::from_reader(std::io::stdin().lock()).context("no question on stdin")?;
+    end_after(Duration::from_secs(inspection.seconds) + GRACE)?;
     let answer = answer(&inspection, options)?;
     serde_json::to_writer(std::io::stdout().lock(), &answer).context("cannot write the answer")
+}
+
+/// Ends this process when nobody waits any more, also if the server that would kill it is gone.
+fn end_after(time: Duration) -> anyhow::Result<()> {
+    let run = move || {
+        std::thread::sleep(time);
+        std::process::exit(1);
+    };
+    std::thread::Builder::new().name("time".to_owned()).spawn(run).context("cannot start a thread")?;
+    Ok(())
 }
 
 fn answer(inspection: &Inspection, options: Options) -> anyhow::Result<Answer> {
@@ -135,20 +150,8 @@ fn estimate(
     let chat_template = template.as_ref().and_then(ChatTemplate::replacement);
     let merge = Merge { base: &base, lora: Some(&spec.lora), name_suffix: None, chat_template };
     let lora_bytes = LoraLayout::new(&spec.lora, &model.config().shape).len() as u64 * 4;
-    let sizes = artifacts.iter().map(|&artifact| {
-        let bytes = match artifact.kind {
-            ArtifactType::Adapter | ArtifactType::GgufLora => lora_bytes,
-            ArtifactType::Gguf | ArtifactType::Ollama => {
-                let quantization = quantization(artifact.quantization.unwrap_or(Quantization::DEFAULT));
-                export::merged_gguf_bytes(&merge, quantization)?
-            }
-            ArtifactType::Merged => {
-                base.tensors().iter().map(|tensor| (tensor.rows() * tensor.columns() * 2) as u64).sum()
-            }
-        };
-        Ok(ArtifactBytes { kind: artifact.kind, quantization: artifact.quantization, bytes })
-    });
-    let artifacts = sizes.collect::<Result<Vec<_>, lorad_engine::Error>>()?;
+    let artifacts = artifacts.iter().map(|artifact| artifact_bytes(artifact, &merge, lora_bytes));
+    let artifacts = artifacts.collect::<Result<Vec<_>, _>>()?;
     Ok(Answer::Estimate(Estimate {
         total_steps: needed.total_steps.into(),
         tokens: needed.tokens,
@@ -167,4 +170,22 @@ fn estimate(
         checkpoint_bytes: needed.checkpoint_bytes,
         artifacts,
     }))
+}
+
+fn artifact_bytes(
+    artifact: &ArtifactRequest,
+    merge: &Merge<'_>,
+    lora_bytes: u64,
+) -> Result<ArtifactBytes, lorad_engine::Error> {
+    let bytes = match artifact.kind {
+        ArtifactType::Adapter | ArtifactType::GgufLora => lora_bytes,
+        ArtifactType::Gguf | ArtifactType::Ollama => {
+            let quantization = quantization(artifact.quantization.unwrap_or(Quantization::DEFAULT));
+            export::merged_gguf_bytes(merge, quantization)?
+        }
+        ArtifactType::Merged => {
+            merge.base.tensors().iter().map(|tensor| (tensor.rows() * tensor.columns() * 2) as u64).sum()
+        }
+    };
+    Ok(ArtifactBytes { kind: artifact.kind, quantization: artifact.quantization, bytes })
 }

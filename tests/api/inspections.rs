@@ -83,6 +83,9 @@ async fn what_cannot_be_looked_into_is_named() {
     for (query, param, words) in [
         ("model=local:none.gguf", "model", "none.gguf"),
         ("model=local:tiny.gguf", "model", "tiny.gguf"),
+        // Who may only look downloads nothing.
+        ("model=smollm2-135m-instruct", "model", "is not on this machine yet"),
+        ("model=hf:org/repo/model.gguf", "model", "is not on this machine yet"),
         ("model=local:real.gguf&format=csv", "format", "csv"),
         ("model=local:real.gguf&train_on=nothing", "train_on", "nothing"),
         ("model=local:real.gguf&max_seq_length=1", "max_seq_length", "1"),

@@ -109,8 +109,10 @@ async fn a_job_cannot_use_what_is_another_owners() {
     ] {
         let mut body = changes;
         body["model"] = json!("local:tiny.gguf");
-        let refused = error(app.post_json("/v1/fine_tuning/jobs", &body).await, StatusCode::BAD_REQUEST).await;
-        assert_eq!(refused["param"], param, "{refused}");
+        for path in ["/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/estimate"] {
+            let refused = error(app.post_json(path, &body).await, StatusCode::BAD_REQUEST).await;
+            assert_eq!(refused["param"], param, "{path}: {refused}");
+        }
     }
     // Two owners may use the same key for a repeated request.
     let mut jobs = Vec::new();

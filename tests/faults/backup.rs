@@ -33,6 +33,13 @@ async fn a_restored_server_has_everything_and_goes_on_with_what_ran() {
     let refused = home.lorad(&["restore", "--data-dir", "data", "--from", "all.tar"]).expect_err("a full folder");
     assert!(refused.contains("there is a database already"), "{refused}");
     fs::rename(home.path("data"), home.path("lost")).expect("a folder");
+    // What a killed server left of its database would be played back over the restored one.
+    fs::create_dir(home.path("data")).expect("a folder");
+    fs::write(home.path("data/lorad.db-wal"), "left").expect("a file");
+    let refused =
+        home.lorad(&["restore", "--data-dir", "data", "--from", "all.tar"]).expect_err("a log without its database");
+    assert!(refused.contains("lorad.db-wal"), "{refused}");
+    fs::remove_file(home.path("data/lorad.db-wal")).expect("a file");
     home.lorad(&["restore", "--data-dir", "data", "--from", "all.tar"]).expect("a restore");
     home.start_server().await;
     assert_eq!((home.story(&done).await, home.artifacts(&done).await), (story.clone(), artifacts.clone()));
