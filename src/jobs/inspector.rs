@@ -41,7 +41,10 @@ struct Scratch(Option<TempDir>);
 impl Drop for Scratch {
     fn drop(&mut self) {
         let folder = self.0.take();
-        tokio::task::spawn_blocking(move || drop(folder));
+        // At the very end of the server there is no runtime: then nobody is kept waiting either.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn_blocking(move || drop(folder));
+        }
     }
 }
 
