@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 
-use super::keep_private;
 use super::serve::{lock, private_folder};
+use super::{archive, keep_private};
 use crate::config::{Config, Flags, Location};
-use crate::jobs::backup;
 use crate::storage::Storage;
 use crate::store::Store;
 
@@ -80,11 +79,11 @@ pub fn back_up(args: BackupArgs) -> anyhow::Result<()> {
     let part = scratch.path().join("archive");
     let manifest = run(async {
         let (store, storage) = (Store::open_as_it_is(&database).await?, Storage::from_config(&config)?);
-        let manifest = backup::back_up(&store, &storage, &part, scratch.path()).await;
+        let manifest = archive::back_up(&store, &storage, &part, scratch.path()).await;
         store.close().await;
         manifest
     })?;
-    backup::settle(&part, &to)?;
+    archive::settle(&part, &to)?;
     eprintln!("{}: the database and {} objects of {} bytes", to.display(), manifest.objects, manifest.object_bytes);
     if manifest.forgotten > 0 {
         eprintln!(
@@ -107,7 +106,7 @@ pub fn restore(args: RestoreArgs) -> anyhow::Result<()> {
     let scratch = scratch_beside(&data_dir.join("restore"))?;
     let manifest = run(async {
         let storage = Storage::from_config(&config)?;
-        let restored = backup::restore(&from, &config.database_path(), &storage, scratch.path()).await;
+        let restored = archive::restore(&from, &config.database_path(), &storage, scratch.path()).await;
         storage.close().await;
         restored
     })

@@ -1,5 +1,6 @@
 //! One file a command.
 
+mod archive;
 pub mod backup;
 pub mod chat;
 pub mod dataset;

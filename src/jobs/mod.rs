@@ -2,7 +2,6 @@
 
 pub mod add_file;
 pub mod append_events;
-pub mod backup;
 pub mod cancel;
 pub mod claim;
 pub mod create;

@@ -33,7 +33,7 @@ const CHUNK: usize = 1 << 20;
 
 /// The last entry of an archive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
+pub(super) struct Manifest {
     /// The archive's format.
     format: u32,
     /// The version of lorad that wrote it.
@@ -43,19 +43,24 @@ pub struct Manifest {
     /// Hash of the database, in hexadecimal digits.
     database_sha256: String,
     /// Objects in the archive.
-    pub objects: u64,
+    pub(super) objects: u64,
     /// Bytes of all objects.
-    pub object_bytes: u64,
+    pub(super) object_bytes: u64,
     /// Objects of the snapshot that the server had removed before they could be copied: checkpoints that a newer one replaced, or
     /// what its owner deleted.
-    pub forgotten: u64,
+    pub(super) forgotten: u64,
 }
 
 /// Writes everything into a new file; `scratch` is a folder for the snapshot.
 ///
 /// # Errors
 /// An object that is missing or damaged, a file that cannot be written, a database or storage that failed.
-pub async fn back_up(store: &Store, storage: &Storage, target: &Path, scratch: &Path) -> anyhow::Result<Manifest> {
+pub(super) async fn back_up(
+    store: &Store,
+    storage: &Storage,
+    target: &Path,
+    scratch: &Path,
+) -> anyhow::Result<Manifest> {
     let created_at = now_ms() / 1000;
     let path = scratch.join(DATABASE);
     store.snapshot(&path).await.context("cannot take a snapshot of the database")?;
@@ -137,7 +142,12 @@ async fn append_object(archive: &mut Builder<impl Write>, storage: &Storage, obj
 ///
 /// # Errors
 /// An archive that is not whole or not what it says, a storage that has objects, a database that is there, a disk that is full.
-pub async fn restore(archive: &Path, database: &Path, storage: &Storage, scratch: &Path) -> anyhow::Result<Manifest> {
+pub(super) async fn restore(
+    archive: &Path,
+    database: &Path,
+    storage: &Storage,
+    scratch: &Path,
+) -> anyhow::Result<Manifest> {
     // A write-ahead log that another database left would be played back over this one.
     for suffix in ["", "-wal", "-shm", "-journal"] {
         let mut path = database.as_os_str().to_owned();
@@ -214,7 +224,7 @@ async fn read_archive(
 ///
 /// # Errors
 /// A name that the operating system refuses.
-pub fn settle(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(super) fn settle(from: &Path, to: &Path) -> anyhow::Result<()> {
     std::fs::rename(from, to).with_context(|| format!("cannot make {}", to.display()))?;
     let folder = to.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(folder).and_then(|folder| folder.sync_all()).with_context(|| format!("cannot sync {}", folder.display()))
