@@ -152,6 +152,38 @@ async fn an_estimate_that_does_not_fit_names_the_settings_that_do() {
 }
 
 #[tokio::test]
+async fn the_settings_that_an_estimate_proposes_fit() {
+    let row = json!({"instruction": "Say it.", "output": "It is said. ".repeat(20)}).to_string() + "\n";
+    let estimate = async |memory_bytes: u64, training: &Value| {
+        let app = TestApp::start_with(|config| config.workers.memory_bytes = memory_bytes).await;
+        app.make_model();
+        let file = app.upload(&row.repeat(64)).await;
+        let body = json!({
+            "model": "local:real.gguf", "training_file": file, "dataset": {"template": "alpaca"}, "training": training,
+        });
+        ok_json(app.post_json("/v1/fine_tuning/jobs/estimate", &body).await).await
+    };
+    let least = async |training: &Value| estimate(0, training).await["least_host_bytes"].as_u64().expect("bytes");
+    let mut training =
+        json!({"gradient_checkpointing": "none", "micro_batch_size": 64, "gradient_accumulation_steps": 1});
+    let large = least(&training).await;
+    let small = least(&json!({"gradient_checkpointing": "full", "micro_batch_size": 1})).await;
+    assert!(large > small + (16 << 20), "{large} and {small} are too close to choose between them");
+    let memory_bytes = small + (large - small) / 4;
+
+    let refused = estimate(memory_bytes, &training).await;
+    let nearest = refused["nearest"].as_array().expect("settings that fit");
+    assert!(refused["fits"] == false && !nearest.is_empty(), "{refused}");
+    for change in nearest {
+        let field = change["field"].as_str().expect("a field").strip_prefix("training.").expect("of the training");
+        training[field] = change["value"].clone();
+    }
+    let proposed = estimate(memory_bytes, &training).await;
+    assert_eq!((&proposed["fits"], &proposed["nearest"]), (&json!(true), &json!([])), "{training}: {proposed}");
+    assert_eq!(proposed["total_steps"], refused["total_steps"], "as many rows a step as before");
+}
+
+#[tokio::test]
 async fn one_that_takes_too_long_is_ended() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = folder.path().join("never-answers");
