@@ -48,6 +48,17 @@ pub enum Error {
         /// What happened.
         message: String,
     },
+    /// The GPU or its driver refuses, or is not there.
+    #[error("GPU: {0}")]
+    Device(String),
+    /// The GPU's memory is too small for what was asked.
+    #[error("out of GPU memory: {needed_bytes} more bytes are needed, {free_bytes} are free")]
+    DeviceMemory {
+        /// Bytes that were asked for.
+        needed_bytes: u64,
+        /// Bytes that were free then.
+        free_bytes: u64,
+    },
     /// A tensor operation failed.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),

@@ -9,6 +9,11 @@ pub mod adamw_8bit;
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+pub mod cuda;
 pub mod dropout;
 pub mod embedding;
 pub(crate) mod exp;

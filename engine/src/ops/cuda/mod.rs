@@ -1,0 +1,271 @@
+//! The one user of the CUDA driver: a GPU's context, its stream, the kernels of `kernels/`, and what launches them.
+//!
+//! Kernels and products are queued on one stream, in order; the host waits only where it reads a result. A launcher checks types, sizes
+//! and bounds of the matrices that it is given ([`Mat`] cannot reach beyond its buffer), then launches. CUDA's libraries are opened at
+//! run time: where there is none, [`devices`] is empty and [`Gpu::new`] says why.
+#![expect(unsafe_code, reason = "the driver's interface is C: each call's pointers and sizes are checked before it")]
+
+mod gemm;
+mod launch;
+mod memory;
+#[cfg(test)]
+mod testing;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+pub(crate) use gemm::Gemm;
+pub(crate) use launch::Launch;
+pub(crate) use memory::{Buffer, Carver, Dtype, Mat};
+
+use crate::{Error, Result};
+
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// A GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct CudaDevice {
+    /// Its number, as in `cuda:0`.
+    pub ordinal: usize,
+    /// The maker's name.
+    pub name: String,
+    /// Bytes of its memory.
+    pub total_bytes: u64,
+    /// Compute capability, 9.0 for one as (9, 0).
+    pub compute_capability: (i32, i32),
+}
+
+/// Every GPU that this build can use, or why there is none.
+pub fn devices() -> Result<Vec<CudaDevice>, String> {
+    if FATBINS.is_empty() {
+        return Err("this build has no kernels (LORAD_SKIP_KERNELS was set)".to_owned());
+    }
+    // SAFETY: looks for the library alone.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("the NVIDIA driver's library libcuda.so.1 is not there".to_owned());
+    }
+    let list = || -> Result<Vec<CudaDevice>, DriverError> {
+        result::init()?;
+        (0..result::device::get_count()?).map(describe).collect()
+    };
+    list().map_err(|error| format!("the NVIDIA driver refuses: {error}"))
+}
+
+fn describe(ordinal: i32) -> Result<CudaDevice, DriverError> {
+    use sys::CUdevice_attribute_enum::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    let device = result::device::get(ordinal)?;
+    // SAFETY: `device` is what the driver just gave.
+    let (total, major, minor) = unsafe {
+        (
+            result::device::total_mem(device)?,
+            result::device::get_attribute(device, MAJOR)?,
+            result::device::get_attribute(device, MINOR)?,
+        )
+    };
+    Ok(CudaDevice {
+        ordinal: ordinal as usize,
+        name: result::device::get_name(device)?,
+        total_bytes: total as u64,
+        compute_capability: (major, minor),
+    })
+}
+
+/// A kernel, and the dynamic shared memory that it was told it may have.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    function: sys::CUfunction,
+    shared_bytes: Cell<u32>,
+}
+
+/// What ran on the stream, between events.
+#[derive(Debug, Default)]
+struct Profile {
+    spans: Vec<(&'static str, cudarc::driver::CudaEvent, cudarc::driver::CudaEvent)>,
+}
+
+/// A GPU in use by one thread.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Vec<sys::CUmodule>,
+    kernels: RefCell<HashMap<&'static str, Rc<Kernel>>>,
+    gemm: RefCell<Option<Gemm>>,
+    profile: RefCell<Option<Profile>>,
+    allocated_bytes: Cell<usize>,
+    /// Compute capability.
+    pub(crate) capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub(crate) multiprocessors: u32,
+}
+
+impl Gpu {
+    /// Takes the GPU of that number.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where there is none, or the driver refuses.
+    pub(crate) fn new(ordinal: usize) -> Result<Rc<Self>> {
+        let found = devices().map_err(Error::Device)?;
+        let Some(device) = found.get(ordinal) else {
+            return Err(Error::Device(format!("cuda:{ordinal} is not there: this machine has {} GPUs", found.len())));
+        };
+        let context = CudaContext::new(ordinal).map_err(failed("opening the GPU"))?;
+        // One stream, in order: no buffer needs an event.
+        // SAFETY: nothing was allocated before, and this context's memory is used on one stream alone.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(failed("making a stream"))?;
+        let modules = FATBINS.iter().map(|fatbin| load(fatbin)).collect::<Result<_>>()?;
+        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(attribute).map_err(failed("asking the GPU"))? as u32;
+        let gpu = Self {
+            context,
+            stream,
+            modules,
+            kernels: RefCell::default(),
+            gemm: RefCell::new(None),
+            profile: RefCell::new(None),
+            allocated_bytes: Cell::new(0),
+            capability: device.compute_capability,
+            multiprocessors,
+        };
+        let gpu = Rc::new(gpu);
+        *gpu.gemm.borrow_mut() = Some(Gemm::new(&gpu)?);
+        Ok(gpu)
+    }
+
+    /// Whether it has Hopper's own instructions (`wgmma`, the tensor copy engine).
+    pub(crate) fn is_hopper(&self) -> bool {
+        self.capability.0 == 9
+    }
+
+    /// Whether there is a kernel of that name.
+    pub(crate) fn has_kernel(&self, name: &'static str) -> bool {
+        self.kernel(name).is_ok()
+    }
+
+    /// Begins a launch of the kernel of that name.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where no file of `kernels/` has it.
+    pub(crate) fn launch(&self, name: &'static str) -> Result<Launch<'_>> {
+        Ok(Launch::new(self, name, self.kernel(name)?))
+    }
+
+    fn kernel(&self, name: &'static str) -> Result<Rc<Kernel>> {
+        if let Some(kernel) = self.kernels.borrow().get(name) {
+            return Ok(Rc::clone(kernel));
+        }
+        let c_name = CString::new(name).map_err(|_| Error::Device(format!("no kernel is called {name:?}")))?;
+        // SAFETY: the modules are loaded for as long as `self` lives.
+        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
+        let Some(function) = self.modules.iter().find_map(find) else {
+            return Err(Error::Device(format!("this build has no kernel `{name}` for compute capability {:?}", self.capability)));
+        };
+        let kernel = Rc::new(Kernel { function, shared_bytes: Cell::new(0) });
+        self.kernels.borrow_mut().insert(name, Rc::clone(&kernel));
+        Ok(kernel)
+    }
+
+    /// Waits until all that was queued is done.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where something queued has failed.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(failed("waiting for the GPU"))
+    }
+
+    /// Bytes that buffers hold now.
+    pub(crate) fn allocated_bytes(&self) -> usize {
+        self.allocated_bytes.get()
+    }
+
+    /// Free and all bytes of the GPU's memory.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn memory(&self) -> Result<(usize, usize)> {
+        self.context.mem_get_info().map_err(failed("asking for free memory"))
+    }
+
+    /// Runs a matrix product: see [`Gemm::run`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn gemm(&self, label: &'static str, out: Mat<'_>, product: gemm::Product<'_>) -> Result<()> {
+        self.timed(label, || {
+            let mut gemm = self.gemm.borrow_mut();
+            gemm.as_mut().expect("set in `new`").run(self, out, product)
+        })
+    }
+
+    /// An event on the stream, for times on the device.
+    pub(crate) fn event(&self) -> Result<cudarc::driver::CudaEvent> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.stream.record_event(flags).map_err(failed("recording an event"))
+    }
+
+    /// Begins to take the time of everything that is queued.
+    pub(crate) fn start_profile(&self) {
+        *self.profile.borrow_mut() = Some(Profile::default());
+    }
+
+    /// Milliseconds and launches of each kernel and kind of product since [`Gpu::start_profile`].
+    ///
+    /// # Errors
+    /// [`Error::Device`] where something queued has failed.
+    pub(crate) fn take_profile(&self) -> Result<Vec<(&'static str, f64, usize)>> {
+        self.synchronize()?;
+        let Some(profile) = self.profile.borrow_mut().take() else { return Ok(Vec::new()) };
+        let mut totals: HashMap<&'static str, (f64, usize)> = HashMap::new();
+        for (label, begin, end) in &profile.spans {
+            let total = totals.entry(label).or_default();
+            total.0 += f64::from(begin.elapsed_ms(end).map_err(failed("reading an event"))?);
+            total.1 += 1;
+        }
+        let mut list: Vec<_> = totals.into_iter().map(|(label, (ms, count))| (label, ms, count)).collect();
+        list.sort_by(|a, b| b.1.total_cmp(&a.1));
+        Ok(list)
+    }
+
+    fn timed(&self, label: &'static str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.profile.borrow().is_none() {
+            return run();
+        }
+        let begin = self.event()?;
+        run()?;
+        let end = self.event()?;
+        if let Some(profile) = self.profile.borrow_mut().as_mut() {
+            profile.spans.push((label, begin, end));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // Buffers and the context outlive nothing that is still queued.
+        let _ = self.stream.synchronize();
+        self.gemm.borrow_mut().take();
+        for module in self.modules.drain(..) {
+            // SAFETY: no kernel of it runs any more, and `self` is the only one that has it.
+            let _ = unsafe { result::module::unload(module) };
+        }
+    }
+}
+
+fn load(fatbin: &'static [u8]) -> Result<sys::CUmodule> {
+    // SAFETY: the bytes are a whole fatbin of nvcc's, which carries its own length.
+    unsafe { result::module::load_data(fatbin.as_ptr().cast()) }.map_err(failed("loading the kernels"))
+}
+
+/// What the driver said about that.
+fn failed(what: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| Error::Device(format!("{what}: {error}"))
+}
