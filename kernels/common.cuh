@@ -161,6 +161,25 @@ __device__ __forceinline__ void store_part(T* to, int left, bool aligned, const 
     }
 }
 
+// ---------------------------------------------------------------- flat grids
+
+// Threads of a block of a flat grid; engine/src/ops/cuda names it too.
+constexpr int FLAT_THREADS = 256;
+
+// The group that a thread of a flat grid has: the groups of all rows one after the other, so that no row's end leaves threads idle.
+// Launch rule "flat": ceil(rows * ceil(width / 8) / 256) blocks of 256 threads; fewer than 2^32 groups.
+struct Place {
+    unsigned row;
+    // First column of the group.
+    int column;
+};
+
+__device__ __forceinline__ Place flat_place(int width) {
+    const unsigned index = blockIdx.x * FLAT_THREADS + threadIdx.x, groups = unsigned(width + GROUP - 1) / GROUP;
+    const unsigned row = index / groups;
+    return {row, int(index - row * groups) * GROUP};
+}
+
 // ---------------------------------------------------------------- sums and maxima
 
 // Over all lanes of a warp, in every lane; all lanes take part.
@@ -193,6 +212,19 @@ __device__ __forceinline__ V block_sum(V value) {
     __syncthreads();
     value = warp_sum(lane < warps ? parts[lane] : V(0));
     // The next call writes `parts` again.
+    __syncthreads();
+    return value;
+}
+
+__device__ __forceinline__ float block_max(float value) {
+    __shared__ float parts[WARP];
+    const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    value = warp_max(value);
+    if (lane == 0) {
+        parts[threadIdx.x / WARP] = value;
+    }
+    __syncthreads();
+    value = warp_max(parts[lane < warps ? lane : 0]);
     __syncthreads();
     return value;
 }
