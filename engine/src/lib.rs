@@ -2,7 +2,9 @@
 
 pub mod adapter;
 pub mod allocator;
+pub mod bench;
 pub mod data;
+pub mod device;
 mod error;
 pub mod export;
 mod files;

@@ -21,6 +21,7 @@ pub use schedule::learning_rate;
 use crate::Result;
 use crate::adapter::LoraParams;
 use crate::data::{Dataset, Loader, MicroBatch, Row};
+use crate::device::Device;
 use crate::model::Llama;
 use crate::spec::TrainSpec;
 use state::State;
@@ -39,6 +40,8 @@ pub struct Start<'a> {
     pub memory_budget_bytes: Option<u64>,
     /// Longest time without a checkpoint; `None`: only the listed ones.
     pub checkpoint_interval: Option<Duration>,
+    /// What it runs on.
+    pub device: Device,
 }
 
 /// What happens during a run.
