@@ -4,6 +4,7 @@ mod archive;
 pub mod backup;
 pub mod chat;
 pub mod dataset;
+pub mod devices;
 pub mod export;
 pub mod keys;
 pub mod logits;

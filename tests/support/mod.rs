@@ -14,6 +14,7 @@ use lorad::storage::Storage;
 use lorad::store::Store;
 use lorad::types::api_key::Scope;
 use lorad::types::attempt::TaskKind;
+use lorad::types::device::Device;
 use lorad::types::ids::KeyId;
 use lorad::types::worker_protocol::{VERSION, VERSION_HEADER};
 use lorad_engine::testing::TinyModel;
@@ -70,7 +71,8 @@ impl TestApp {
         };
         let jobs = Jobs::new(store, storage);
         let shutdown = CancellationToken::new();
-        let app = App::new(&config, jobs.clone(), hub, shutdown.clone()).await.expect("a safe configuration");
+        let app =
+            App::new(&config, jobs.clone(), hub, &[Device::Cpu], shutdown.clone()).await.expect("a safe configuration");
 
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
@@ -145,7 +147,7 @@ impl TestApp {
 
     /// Takes the next attempt up, as the scheduler would.
     pub(crate) async fn take_up(&self, task: TaskKind) -> Worker {
-        let claimed = claim(&self.jobs, task, "cpu", Duration::from_secs(30)).await.expect("a database");
+        let claimed = claim(&self.jobs, task, Device::Cpu, Duration::from_secs(30)).await.expect("a database");
         let Claimed { token, .. } = claimed.expect("something to do");
         self.worker(token.expose_secret())
     }
