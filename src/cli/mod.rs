@@ -2,6 +2,7 @@
 
 mod archive;
 pub mod backup;
+pub mod bench;
 pub mod chat;
 pub mod dataset;
 pub mod devices;
