@@ -5,10 +5,9 @@ use std::io::Write;
 use anyhow::bail;
 use clap::{Args, Subcommand};
 use lorad_engine::bench::{self, BenchQuantization, BenchShape, BenchSpec};
-use lorad_engine::device::cuda_status;
 use lorad_engine::spec::GradientCheckpointing;
 
-use super::devices::WantedDevice;
+use super::devices::{WantedDevice, gpus};
 use super::named;
 use crate::types::device::Device;
 
@@ -100,9 +99,9 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
 fn gpu(wanted: WantedDevice) -> anyhow::Result<Device> {
     match wanted.find()? {
         gpu @ Device::Cuda(_) => Ok(gpu),
-        Device::Cpu => match cuda_status() {
-            Err(reason) => bail!("this times a GPU: {reason}"),
-            Ok(()) => bail!("this times a GPU, got `cpu`"),
+        Device::Cpu => match gpus() {
+            Err(reason) => bail!("this times a GPU, and there is none: {reason}"),
+            Ok(_) => bail!("this times a GPU, got `cpu`"),
         },
     }
 }

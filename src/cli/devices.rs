@@ -3,9 +3,9 @@
 use std::io::Write;
 use std::str::FromStr;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
-use lorad_engine::device::{CudaDevice, cuda_devices, cuda_status};
+use lorad_engine::device::{CudaDevice, cuda_devices};
 use lorad_engine::train::HostMemory;
 
 use super::terminal::in_line;
@@ -50,11 +50,21 @@ fn find() -> anyhow::Result<FoundDevices> {
         model: found.name,
         memory_bytes: found.total_bytes,
     };
-    let mut devices: Vec<FoundDevice> = cuda_devices().into_iter().map(gpu).collect();
-    let no_gpu = devices.is_empty().then(|| cuda_status().err().unwrap_or_else(|| "the driver knows none".to_owned()));
+    let (mut devices, no_gpu) = match gpus() {
+        Ok(gpus) => (gpus.into_iter().map(gpu).collect::<Vec<_>>(), None),
+        Err(reason) => (Vec::new(), Some(reason)),
+    };
     let memory_bytes = HostMemory::now().context("cannot read this machine's memory")?.total_bytes;
     devices.push(FoundDevice { device: Device::Cpu, model: processor(), memory_bytes });
     Ok(FoundDevices { devices, no_gpu })
+}
+
+/// The GPUs, at least one, or why there is none.
+pub(super) fn gpus() -> Result<Vec<CudaDevice>, String> {
+    match cuda_devices() {
+        Ok(gpus) if gpus.is_empty() => Err("the NVIDIA driver knows none".to_owned()),
+        gpus => gpus,
+    }
 }
 
 /// What the processor's maker calls it.
@@ -84,20 +94,16 @@ impl FromStr for WantedDevice {
 impl WantedDevice {
     /// The device, which is there.
     pub(super) fn find(self) -> anyhow::Result<Device> {
-        if let Self::This(Device::Cpu) = self {
-            return Ok(Device::Cpu);
-        }
-        let gpus = cuda_devices();
-        let Self::This(asked) = self else {
-            return Ok(gpus.first().map_or(Device::Cpu, |gpu| Device::Cuda(gpu.ordinal)));
+        let asked = match self {
+            Self::Auto => return Ok(gpus().map_or(Device::Cpu, |gpus| Device::Cuda(gpus[0].ordinal))),
+            Self::This(Device::Cpu) => return Ok(Device::Cpu),
+            Self::This(asked) => asked,
         };
-        if gpus.iter().any(|gpu| Device::Cuda(gpu.ordinal) == asked) {
-            return Ok(asked);
+        let gpus = gpus().map_err(|reason| anyhow!("there is no `{asked}`: {reason}"))?;
+        if !gpus.iter().any(|gpu| Device::Cuda(gpu.ordinal) == asked) {
+            let there: Vec<String> = gpus.iter().map(|gpu| format!("cuda:{} ({})", gpu.ordinal, gpu.name)).collect();
+            bail!("there is no `{asked}`, there is {}", there.join(", "));
         }
-        if let Err(reason) = cuda_status() {
-            bail!("there is no `{asked}`: {reason}");
-        }
-        let there: Vec<String> = gpus.iter().map(|gpu| format!("cuda:{} ({})", gpu.ordinal, gpu.name)).collect();
-        bail!("there is no `{asked}`, there is {}", there.join(", "));
+        Ok(asked)
     }
 }

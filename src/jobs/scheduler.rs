@@ -473,7 +473,7 @@ mod tests {
 
     /// What runs on which device.
     async fn held(jobs: &Jobs) -> Vec<(String, TaskKind, JobId)> {
-        let live = store::attempt::live(&mut *jobs.store.read().await.expect("a connection")).await.expect("a list");
+        let live = store::attempt::live(&mut jobs.store.read().await.expect("a connection")).await.expect("a list");
         let mut held: Vec<_> = live.into_iter().map(|attempt| (attempt.device, attempt.task, attempt.job_id)).collect();
         held.sort_by(|one, other| one.0.cmp(&other.0));
         held

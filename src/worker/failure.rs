@@ -82,9 +82,11 @@ pub(super) fn of_engine(fault: Fault, ours: &Ours) -> anyhow::Result<Finish> {
     };
     let message = ours.hide(&error.to_string());
     match error {
-        Error::Dataset(DatasetError::Io { .. }) | Error::Io { .. } | Error::Tensor(_) | Error::Checkpoint(_) => {
-            Err(error.into())
-        }
+        Error::Dataset(DatasetError::Io { .. })
+        | Error::Io { .. }
+        | Error::Tensor(_)
+        | Error::Checkpoint(_)
+        | Error::Device(_) => Err(error.into()),
         Error::Dataset(error) => {
             let events = error.report().map(|report| findings((report, &[]), None)).unwrap_or_default();
             let code = error.code().replace("training_file", param);
@@ -224,16 +226,12 @@ mod tests {
     #[test]
     fn a_gpu_that_runs_out_of_memory_ends_the_job_with_settings_that_need_less() {
         let ours = Ours { base: "/models/base.gguf".into(), base_name: "tiny".to_owned(), scratch: "/scratch".into() };
-        let ran_out = || lorad_engine::Error::DeviceMemory {
-            needed_bytes: 3 << 30,
-            free_bytes: 1 << 30,
-            message: "activations on /models/base.gguf".to_owned(),
-        };
+        let ran_out = || lorad_engine::Error::DeviceMemory { needed_bytes: 3 << 30, free_bytes: 1 << 30 };
         let mut asked = TrainSpec::default().training;
         let told = |asked: &TrainingSpec| match of_engine(Fault::of_training(ran_out(), asked), &ours) {
             Ok(Finish::Failed { code, message, param, .. }) => {
                 assert_eq!((code.as_str(), param.as_deref()), ("does_not_fit", Some("training")));
-                assert!(message.contains("activations on tiny"), "{message}");
+                assert!(message.contains("out of GPU memory"), "{message}");
                 message.split_once("need less: ").expect("settings").1.to_owned()
             }
             other => panic!("{other:?}"),
