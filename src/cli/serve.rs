@@ -104,6 +104,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   inspection_seconds = 300       how long one of them may take
 
 HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say how a model hub is reached, RUST_LOG what is logged, LORAD_LOG_FORMAT (text or json) how.
+CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER say which GPUs there are and how they are counted, LD_LIBRARY_PATH where CUDA's libraries are.
 What [storage] does not say of a service, AWS_*, GOOGLE_* and AZURE_* variables may: docs/STORAGE.md has a recipe for each.";
 
 /// Serves until Ctrl-C or SIGTERM.

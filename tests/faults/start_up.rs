@@ -38,6 +38,22 @@ async fn the_log_tells_what_trainings_run_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_is_told_which_gpus_it_may_use_and_no_secret() {
+    let settings = [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("A_SECRET", "of the server")];
+    let home = Home::start(&settings).await;
+    let file = home.upload(rows(40)).await;
+    let id = home.create(&file, json!({"training": {"max_steps": 100_000, "save_steps": 100_000}})).await;
+    assert!(home.trained_a_step(&id).await, "it is long");
+    let worker = home.workers().pop().expect("a worker");
+    let environment = std::fs::read(format!("/proc/{}/environ", worker.pid)).expect("a process");
+    let variables: Vec<_> = environment.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+    for variable in ["CUDA_VISIBLE_DEVICES=", "CUDA_DEVICE_ORDER=PCI_BUS_ID"] {
+        assert!(variables.iter().any(|other| other == variable), "{variables:?}");
+    }
+    assert!(!variables.iter().any(|variable| variable.starts_with("A_SECRET")), "{variables:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn workers_may_call_over_tcp() {
     let home = Home::start(&[("LORAD__WORKERS__LISTEN", "127.0.0.1:0")]).await;
     let file = home.upload(rows(12)).await;

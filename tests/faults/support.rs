@@ -132,6 +132,8 @@ impl Home {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lorad"));
         command.args(["serve", "--data-dir"]).arg(data).current_dir(self.folder.path()).env_clear();
         command.env("HOME", self.folder.path()).env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        // Where a build with CUDA finds its libraries: on a machine with a GPU these tests train there.
+        command.envs(std::env::var_os("LD_LIBRARY_PATH").map(|folders| ("LD_LIBRARY_PATH", folders)));
         command
     }
 
