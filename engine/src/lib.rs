@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod allocator;
 pub mod data;
+pub mod device;
 mod error;
 pub mod export;
 mod files;

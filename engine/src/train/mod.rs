@@ -21,6 +21,7 @@ pub use schedule::learning_rate;
 use crate::Result;
 use crate::adapter::LoraParams;
 use crate::data::{Dataset, Loader, MicroBatch, Row};
+use crate::device::Device;
 use crate::model::Llama;
 use crate::spec::TrainSpec;
 use state::State;
@@ -39,6 +40,8 @@ pub struct Start<'a> {
     pub memory_budget_bytes: Option<u64>,
     /// Longest time without a checkpoint; `None`: only the listed ones.
     pub checkpoint_interval: Option<Duration>,
+    /// What it runs on.
+    pub device: Device,
 }
 
 /// What happens during a run.
@@ -134,7 +137,7 @@ pub fn train(
     let total_steps = loader.total_steps();
     let run = checkpoint::run_digest(spec, model, dataset, validation)?;
     let mut state = State::new(spec, model, dataset, start, &run)?;
-    let trainable_parameters = state.lora.layout().len();
+    let trainable_parameters = state.trainable_parameters();
     let mut flow = on_event(TrainEvent::Started { total_steps, resumed_from: state.step(), trainable_parameters });
     let mut saved_at = Instant::now();
     if flow.is_break() {
@@ -148,8 +151,7 @@ pub fn train(
         let (step, epoch) = (metrics.step, loader.steps_per_epoch());
         let mut stop = ControlFlow::Continue(());
         if let Some(validation) = validation.filter(|_| is_due(step, eval_steps, epoch) || step == total_steps) {
-            let (evaluation, said) =
-                evaluation::evaluate(spec, model, validation, (&state.lora, state.compute(), step), on_event)?;
+            let (evaluation, said) = evaluation::evaluate(spec, model, validation, (&mut state, step), on_event)?;
             state.judge(spec, &evaluation)?;
             (metrics.evaluation, stop) = (Some(evaluation), said);
         }
@@ -163,7 +165,7 @@ pub fn train(
     }
     let (step, trained_tokens, completed) = (state.step(), state.trained_tokens(), has_ended(&state));
     let (stopped_early, best) = (completed && step < total_steps, state.best().filter(|_| completed));
-    let lora = if completed { state.into_result()? } else { state.lora };
+    let lora = state.into_result(completed)?;
     Ok(Outcome { completed, stopped_early, step, best, trained_tokens, lora })
 }
 

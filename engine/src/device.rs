@@ -1,0 +1,91 @@
+//! What a training runs on, by its name: `cpu`, or `cuda:0` for the first GPU; and which GPUs there are.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// What a training runs on. In JSON it is its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Device {
+    /// The processors of this machine.
+    #[default]
+    Cpu,
+    /// The NVIDIA GPU of that number, as CUDA counts those that `CUDA_VISIBLE_DEVICES` leaves.
+    Cuda(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => formatter.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(formatter, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        // Only what `Display` writes: a device has one spelling, also in a database.
+        let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+        [Some(Self::Cpu), ordinal.map(Self::Cuda)]
+            .into_iter()
+            .flatten()
+            .find(|device| device.to_string() == name)
+            .ok_or_else(|| format!("a device is `cpu` or a GPU like `cuda:0`, got `{name}`"))
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        device.to_string()
+    }
+}
+
+impl TryFrom<String> for Device {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        name.parse()
+    }
+}
+
+pub use crate::ops::cuda::CudaDevice;
+
+/// The GPUs that this build can train on; none where [`cuda_status`] is an error.
+pub fn cuda_devices() -> Vec<CudaDevice> {
+    crate::ops::cuda::devices().unwrap_or_default()
+}
+
+/// Whether this build can train on GPUs of this machine.
+///
+/// # Errors
+/// Why it cannot: a build without CUDA, no driver, no card.
+pub fn cuda_status() -> Result<(), String> {
+    match crate::ops::cuda::devices()?.is_empty() {
+        true => Err("the NVIDIA driver finds no GPU (CUDA_VISIBLE_DEVICES may hide them)".to_owned()),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_has_one_name() {
+        for (name, device) in [("cpu", Device::Cpu), ("cuda:0", Device::Cuda(0)), ("cuda:12", Device::Cuda(12))] {
+            assert_eq!((name.parse(), device.to_string()), (Ok(device), name.to_owned()));
+            assert_eq!(serde_json::to_value(device).unwrap(), name);
+            assert_eq!(serde_json::from_value::<Device>(name.into()).unwrap(), device);
+        }
+        for name in ["", "CPU", "gpu", "cuda", "cuda:", "cuda:01", "cuda:+1", "cuda:-1", "cuda:0,1", " cpu", "cuda:0x1"]
+        {
+            let error = name.parse::<Device>().unwrap_err();
+            assert!(error.contains(&format!("`{name}`")), "{error}");
+        }
+    }
+}
