@@ -31,7 +31,9 @@ fn main() {
     }
     compile(&sources, &out);
     let list: String = sources.iter().map(|source| list_line(&fatbin(source, &out))).collect();
-    let text = format!("/// Compiled kernels, one fatbin a source file.\npub(super) static FATBINS: &[&[u8]] = &[\n{list}];\n");
+    let text = format!(
+        "/// Compiled kernels, one fatbin a source file.\npub(super) static FATBINS: &[&[u8]] = &[\n{list}];\n"
+    );
     std::fs::write(out.join("fatbins.rs"), text).expect("OUT_DIR can be written");
 }
 
@@ -58,7 +60,8 @@ fn compile(sources: &[PathBuf], out: &Path) {
         for (source, mut child) in running {
             let status = child.wait().expect("nvcc can be waited for");
             assert!(status.success(), "nvcc failed on {}", source.display());
-            std::fs::write(fatbin(source, out).with_extension("architectures"), &stamp).expect("OUT_DIR can be written");
+            std::fs::write(fatbin(source, out).with_extension("architectures"), &stamp)
+                .expect("OUT_DIR can be written");
         }
     }
 }
@@ -86,6 +89,9 @@ fn start(source: &Path, out: &Path, architectures: &[String]) -> std::process::C
         command.arg(format!("-gencode=arch=compute_{name},code=sm_{name}"));
     }
     command.spawn().unwrap_or_else(|error| {
-        panic!("{} cannot be started ({error}): set CUDA_HOME, or run scripts/cuda-toolkit.sh (README.md)", nvcc.display())
+        panic!(
+            "{} cannot be started ({error}): set CUDA_HOME, or run scripts/cuda-toolkit.sh (README.md)",
+            nvcc.display()
+        )
     })
 }

@@ -24,6 +24,10 @@ cargo fmt --all --check
 step "cargo clippy"
 cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
+step "cargo clippy with CUDA"
+# All code for GPUs but the kernels, without a toolkit of CUDA. `scripts/check-cuda.sh` compiles those too.
+LORAD_SKIP_KERNELS=1 cargo clippy --release --workspace --all-targets --features cuda --locked -- -D warnings
+
 step "cargo doc"
 RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --release --workspace --no-deps --document-private-items --locked
 

@@ -3,8 +3,10 @@
 //! A key that nobody knows is an error that names it, wherever it was written: a typo must not run a server with other
 //! settings than those that its owner believes in.
 
+mod devices;
 mod storage;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 use serde::{Deserialize, Deserializer};
 
+pub use devices::Devices;
 pub use storage::{Bucket, Location, Retention, Storage, check_endpoint};
 
 /// File that is read where no `--config` is given and it is there.
@@ -33,7 +36,7 @@ pub enum Error {
         /// The key, `workers.lease_seconds` for one.
         key: &'static str,
         /// What would be right.
-        right: &'static str,
+        right: Cow<'static, str>,
         /// What is there.
         value: String,
     },
@@ -109,8 +112,8 @@ pub struct Auth {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Workers {
-    /// What to train on: `auto` or `cpu`. Default auto.
-    pub devices: String,
+    /// What to train on: `auto` (every GPU, the CPU only where there is none), `cpu`, or GPUs as `cuda:0,1`. Default auto.
+    pub devices: Devices,
     /// TCP address of the listener that workers call; without one it is a Unix socket in the data folder.
     pub listen: Option<SocketAddr>,
     /// Seconds that an attempt lives on without a heartbeat. Default 30.
@@ -166,7 +169,7 @@ impl Default for Server {
 impl Default for Workers {
     fn default() -> Self {
         Self {
-            devices: "auto".to_owned(),
+            devices: Devices::Auto,
             listen: None,
             lease_seconds: 30,
             stall_seconds: 3600,
@@ -229,10 +232,6 @@ impl Config {
     /// What one field alone cannot tell.
     fn check(&self) -> Result<(), Error> {
         let workers = &self.workers;
-        if workers.devices != "auto" && workers.devices != "cpu" {
-            let right = "must be `auto` or `cpu` (this version trains on the CPU only)";
-            return Err(Error::Value { key: "workers.devices", right, value: workers.devices.clone() });
-        }
         for (key, value, right, fine) in [
             ("server.idle_seconds", self.server.idle_seconds, "must be from 1 to 3600", 1..=3600),
             ("workers.lease_seconds", workers.lease_seconds, "must be from 2 to 3600", 2..=3600),
@@ -245,7 +244,7 @@ impl Config {
             ("limits.inspection_seconds", self.limits.inspection_seconds, "must be from 1 to 86400", 1..=86_400),
         ] {
             if !fine.contains(&value) {
-                return Err(Error::Value { key, right, value: value.to_string() });
+                return Err(Error::Value { key, right: right.into(), value: value.to_string() });
             }
         }
         self.storage.check(&self.storage_location()?)?;
@@ -364,14 +363,15 @@ mod tests {
     #[test]
     fn what_cannot_be_used_is_named() {
         type Case = (&'static str, &'static [(&'static str, &'static str)], &'static [&'static str]);
-        let cases: [Case; 12] = [
+        let cases: [Case; 13] = [
             ("[server]\nlisen = \"127.0.0.1:1\"\n", &[], &["server", "lisen"]),
             ("[servers]\n", &[], &["servers"]),
             ("", &[("LORAD__WORKERS__LEASE", "5")], &["workers", "lease"]),
             ("", &[("LORAD__LISTEN", "5")], &["listen"]),
             ("[workers]\nlease_seconds = \"soon\"\n", &[], &["workers.lease_seconds", "soon"]),
             ("[workers]\nlease_seconds = 0\n", &[], &["workers.lease_seconds", "`0`"]),
-            ("[workers]\ndevices = \"cuda:0\"\n", &[], &["workers.devices", "cuda:0"]),
+            ("[workers]\ndevices = \"gpu\"\n", &[], &["workers.devices", "`cuda:0,1`", "`gpu`"]),
+            ("", &[("LORAD__WORKERS__DEVICES", "cuda:1,1")], &["workers.devices", "once", "`cuda:1,1`"]),
             ("[auth]\nbootstrap_key = \"\"\n", &[], &["auth.bootstrap_key", "empty"]),
             ("", &[("LORAD__STORAGE__URL", "ftp://a")], &["storage.url", "`ftp://a`"]),
             ("[storage]\nurl = \"file:a\"\nregion = \"b\"\n", &[], &["storage.region", "s3://", "`b`"]),

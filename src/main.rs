@@ -30,6 +30,8 @@ enum Role {
     Backup(cli::backup::BackupArgs),
     Restore(cli::backup::RestoreArgs),
     Dataset(cli::dataset::DatasetCommand),
+    Devices(cli::devices::DevicesArgs),
+    Bench(cli::bench::BenchCommand),
     Chat(cli::chat::ChatArgs),
     Export(cli::export::ExportArgs),
     #[command(hide = true)]
@@ -58,6 +60,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Role::Backup(args) => cli::backup::back_up(args),
         Role::Restore(args) => cli::backup::restore(args),
         Role::Keys(command) => cli::keys::run(command),
+        Role::Bench(command) => cli::bench::run(&command),
+        Role::Devices(args) => cli::devices::run(&args),
         Role::Dataset(command) => cli::dataset::run(&command),
         Role::Chat(args) => cli::chat::run(&args),
         Role::Export(args) => cli::export::run(&args),

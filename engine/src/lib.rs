@@ -2,6 +2,7 @@
 
 pub mod adapter;
 pub mod allocator;
+pub mod bench;
 pub mod data;
 pub mod device;
 mod error;

@@ -2,8 +2,10 @@
 
 mod archive;
 pub mod backup;
+pub mod bench;
 pub mod chat;
 pub mod dataset;
+pub mod devices;
 pub mod export;
 pub mod keys;
 pub mod logits;

@@ -18,6 +18,7 @@ use super::keep_private;
 use crate::config::{Config, Flags};
 use crate::http::{self, App};
 use crate::hub::Hub;
+use crate::jobs::devices::training_devices;
 use crate::jobs::launcher::Launcher;
 use crate::jobs::scheduler::Scheduler;
 use crate::jobs::{Jobs, sweep};
@@ -34,7 +35,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// defaults; the file given by --config, or lorad.toml in the current folder; variables named LORAD__SECTION__KEY; these flags.
 /// A setting that does not exist is an error.
 ///
-/// Trainings run in worker processes, one at a time. A server that is killed goes on where it was when it is started again;
+/// Trainings run in worker processes, one on each GPU, or on the CPU where there is none (`lorad devices` lists them). A server that is killed goes on where it was when it is started again;
 /// Ctrl-C or SIGTERM lets a training end its step and save, stops the workers, and the training goes on at the next start. The log of
 /// each worker stands in logs of the data folder until 30 days after its end.
 #[derive(Debug, Clone, clap::Args)]
@@ -84,7 +85,8 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   bootstrap_key = \"KEY\"          an API key of the owner `default`, beside those of `lorad keys create`; without any key
                                  anybody on this machine may call
   [workers]
-  devices = \"auto\"               what to train on; this version: the CPU
+  devices = \"auto\"               what to train on: auto (every GPU, the CPU only where there is none), cpu, or GPUs
+                                 by their numbers: cuda:0, cuda:0,1
   listen = \"ADDR\"                TCP address for workers instead of a Unix socket in the data folder
   lease_seconds = 30             how long a silent worker counts as alive
   stall_seconds = 3600           how long a worker may make no progress
@@ -119,6 +121,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 async fn serve(config: &Config) -> anyhow::Result<()> {
     let data_dir = private_folder(&config.server.data_dir)?;
     let _lock = lock(&data_dir)?;
+    let devices = training_devices(config).await?;
     let store = Store::open(&config.database_path()).await.context("cannot open the database")?;
     let storage = Storage::from_config(config)?;
     storage.probe(config).await?;
@@ -128,7 +131,7 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
     }
     let jobs = Jobs::new(store.clone(), storage.clone());
     let shutdown = CancellationToken::new();
-    let app = App::new(config, jobs.clone(), Hub::from_config(config), shutdown.clone()).await?;
+    let app = App::new(config, jobs.clone(), Hub::from_config(config), &devices, shutdown.clone()).await?;
 
     // Workers are stopped before the listener that they call, so that none dies of the shutdown.
     let workers_gone = CancellationToken::new();
@@ -147,7 +150,7 @@ async fn serve(config: &Config) -> anyhow::Result<()> {
         "the sweep",
         sweep::run(jobs.clone(), launcher.clone(), config.retention.clone(), shutdown.clone()),
     ));
-    let scheduler = Scheduler::new(config, jobs, launcher);
+    let scheduler = Scheduler::new(config, jobs, launcher, devices);
     let scheduled = scheduler.run(shutdown.clone());
     let gone = workers_gone.clone();
     tasks.spawn(named("the scheduler", async move {

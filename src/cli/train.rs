@@ -26,6 +26,7 @@ use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Start, StepMetrics, TrainEvent};
 
 use super::dataset::{DatasetArgs, about, describe, list_bad_rows, untrained_texts, write_untrained};
+use super::devices::WantedDevice;
 use super::{ModelArgs, export, named, stop_on_ctrl_c};
 use crate::memory::Bound;
 
@@ -58,6 +59,9 @@ pub struct TrainArgs {
     /// Go on from the checkpoint in --out
     #[arg(long)]
     resume: bool,
+    /// What to train on, as `lorad devices` lists it: auto (the first GPU, the CPU where there is none), cpu, cuda:0
+    #[arg(long, default_value = "auto")]
+    device: WantedDevice,
     /// PEFT folder whose values the LoRA starts with; what is not said about the LoRA is taken from it
     #[arg(long, value_name = "DIR")]
     init_from: Option<PathBuf>,
@@ -218,6 +222,7 @@ impl TrainArgs {
 /// Anything that keeps the adapter from being made, said so that the user knows what to change.
 pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     lorad_engine::allocator::keep_freed_memory();
+    let device = args.device.find()?;
     let spec = TrainSpec::resolve(&args.options()?)?;
     let (name, path) = args.model.resolve()?;
     let wanted = merged_files(args)?;
@@ -250,7 +255,9 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         validation: validation.as_ref(),
         memory_budget_bytes: None,
         checkpoint_interval: Some(CHECKPOINT_INTERVAL),
+        device,
     };
+    eprintln!("training on {device}");
     let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
     let stop = stop_on_ctrl_c("stopping at the end of this step; Ctrl-C again stops at once")?;
     let outcome = train::train(&spec, &model, &dataset, start, &mut |event| display.handle(&event, &stop))?;
@@ -326,7 +333,8 @@ fn tell_estimate(
     let estimate = Estimate { seconds: timed.seconds, ..before };
     let mut out = std::io::stdout().lock();
     let fields = serde_json::to_value(&estimate)?;
-    for (name, value) in fields.as_object().into_iter().flatten() {
+    // What is null there is not of this device.
+    for (name, value) in fields.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
         writeln!(out, "{name} {value}")?;
     }
     writeln!(out, "tokens_per_second {rate:.1}")?;

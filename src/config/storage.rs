@@ -239,7 +239,7 @@ pub fn check_endpoint(endpoint: &str, allow_http: bool) -> Result<(), Error> {
 }
 
 fn value(key: &'static str, right: &'static str, value: &str) -> Error {
-    Error::Value { key, right, value: value.to_owned() }
+    Error::Value { key, right: right.into(), value: value.to_owned() }
 }
 
 fn secret<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SecretString>, D::Error> {

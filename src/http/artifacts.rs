@@ -55,7 +55,7 @@ pub(super) struct ArtifactView {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum ArtifactStatus {
-    /// It was asked for after the job, and waits for the device.
+    /// It was asked for after the job, and waits until the CPU has no other export and no training.
     Queued,
     /// A worker makes it.
     Running,
@@ -162,7 +162,7 @@ pub(super) async fn list(
 
 /// Ask for one more artifact of a job that has succeeded.
 ///
-/// A worker makes it of the job's adapter when the device is free; the answer's id is the artifact's. One that is there or was asked
+/// A worker makes it of the job's adapter once the CPU has no other export and no training; the answer's id is the artifact's. One that is there or was asked
 /// for already is given as it is; one that failed is tried again.
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/artifacts", operation_id = "createArtifact", tag = "Artifacts",
     params(("fine_tuning_job_id" = String, Path, description = "Id of the job")), request_body = ArtifactRequest,

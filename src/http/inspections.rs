@@ -164,7 +164,8 @@ pub(super) async fn estimate(
     };
     let spec = JobSpec::parse(&body.0, init_from)?;
     let (training_file, validation_file) = jobs::create::check(&app.jobs, &app.hub, &owner, &spec).await?;
-    let question = Question::Estimate { artifacts: spec.artifacts, memory_bytes: app.workers.memory_bytes };
+    let (memory_bytes, device) = (app.workers.memory_bytes, app.workers.device);
+    let question = Question::Estimate { artifacts: spec.artifacts, memory_bytes, device };
     let subject = Subject {
         model: &spec.model,
         spec: &spec.train,

@@ -51,6 +51,7 @@ use crate::hub::Hub;
 use crate::jobs::Jobs;
 use crate::jobs::give_task::WorkerSettings;
 use crate::jobs::inspector::Inspector;
+use crate::types::device::Device;
 
 /// Longest time that a request may take which is no upload, download or stream.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -74,11 +75,17 @@ pub struct App {
 }
 
 impl App {
-    /// The routes' state. Once `shutdown` is cancelled, streams end and `/readyz` says no.
+    /// The routes' state; trainings run on those devices, those with most memory first. Once `shutdown` is cancelled, streams end and `/readyz` says no.
     ///
     /// # Errors
     /// A configuration that would let anybody in, a database that failed.
-    pub async fn new(config: &Config, jobs: Jobs, hub: Hub, shutdown: CancellationToken) -> Result<Self, AccessError> {
+    pub async fn new(
+        config: &Config,
+        jobs: Jobs,
+        hub: Hub,
+        devices: &[Device],
+        shutdown: CancellationToken,
+    ) -> Result<Self, AccessError> {
         Ok(Self {
             access: Access::new(config, jobs.store.clone()).await?,
             jobs,
@@ -87,9 +94,9 @@ impl App {
             inspector: Inspector::new(config),
             patience: config.patience(),
             lease: config.workers.lease(),
-            workers: WorkerSettings::from_config(config),
+            workers: WorkerSettings::new(config, devices),
             logs_dir: config.logs_dir(),
-            metrics: ServerMetrics::new(),
+            metrics: ServerMetrics::new(devices),
             shutdown,
         })
     }

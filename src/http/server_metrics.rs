@@ -2,6 +2,7 @@
 //!
 //! What the database knows is asked for when somebody asks; only answered requests are counted here, from the server's start.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
@@ -14,6 +15,7 @@ use super::error::{ApiError, ErrorBody, Result};
 use super::request::NoParams;
 use crate::store::counts;
 use crate::types::attempt::TaskKind;
+use crate::types::device::Device;
 use crate::types::job::Status;
 use crate::types::now_ms;
 
@@ -24,17 +26,19 @@ const SECONDS: [f64; 12] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 #[derive(Debug, Clone)]
 pub(super) struct ServerMetrics {
     requests: HistogramVec,
+    /// What trainings run on.
+    devices: Vec<Device>,
     started_at: Instant,
 }
 
 impl ServerMetrics {
     /// Nothing counted yet.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(devices: &[Device]) -> Self {
         let help = "Time from a request to the head of its answer, by route, method and class of status";
         let options = HistogramOpts::new("lorad_http_request_duration_seconds", help).buckets(SECONDS.to_vec());
         let requests =
             HistogramVec::new(options, &["route", "method", "status"]).expect("a name and labels of letters");
-        Self { requests, started_at: Instant::now() }
+        Self { requests, devices: devices.to_vec(), started_at: Instant::now() }
     }
 
     /// Counts an answered request. `route` is the template, not the path: there are only so many.
@@ -73,7 +77,8 @@ struct Figures {
     oldest_queued_at_ms: Option<i64>,
     live_attempts: Vec<(TaskKind, i64)>,
     trained_tokens: i64,
-    last_step_ms: Option<i64>,
+    held_devices: Vec<String>,
+    last_step_ms: Vec<(String, i64)>,
     stored: counts::Stored,
 }
 
@@ -88,6 +93,7 @@ pub(super) async fn metrics(State(app): State<App>, _: NoParams) -> Result<Respo
         jobs: counts::jobs(&mut conn).await?,
         oldest_queued_at_ms: counts::oldest_queued_at_ms(&mut conn).await?,
         live_attempts: counts::live_attempts(&mut conn).await?,
+        held_devices: counts::held_devices(&mut conn).await?,
         trained_tokens: counts::trained_tokens(&mut conn).await?,
         last_step_ms: counts::last_step_ms(&mut conn).await?,
         stored: counts::stored_bytes(&mut conn).await?,
@@ -112,9 +118,16 @@ fn page(counted: &ServerMetrics, figures: &Figures) -> prometheus::Result<String
     page.add("lorad_live_attempts", "Attempts that have not ended, by task", "task", &live)?;
     let help = "Tokens that had a loss, of all jobs that are there: it falls when a job is deleted";
     page.add_one("lorad_trained_tokens", help, figures.trained_tokens as f64)?;
-    if let Some(step_ms) = figures.last_step_ms {
-        let help = "Time that the last step of the running jobs took; absent while none has trained a step";
-        page.add_one("lorad_last_step_milliseconds", help, step_ms as f64)?;
+    let of_devices: BTreeSet<String> =
+        counted.devices.iter().map(Device::to_string).chain(figures.held_devices.iter().cloned()).collect();
+    let busy = |name: &String| f64::from(u8::from(figures.held_devices.contains(name)));
+    let busy: Vec<_> = of_devices.iter().map(|name| (name.as_str(), busy(name))).collect();
+    page.add("lorad_device_busy", "1: a training or an export holds the device; 0: it is free", "device", &busy)?;
+    if !figures.last_step_ms.is_empty() {
+        let help =
+            "Time that the last step of the job took which trains on the device; absent while none has trained a step";
+        let steps: Vec<_> = figures.last_step_ms.iter().map(|(of, step_ms)| (of.as_str(), *step_ms as f64)).collect();
+        page.add("lorad_last_step_milliseconds", help, "device", &steps)?;
     }
     let counts::Stored { files, checkpoints, artifacts, upload_parts } = figures.stored;
     let stored = [

@@ -12,6 +12,7 @@ use super::{Jobs, Result};
 use crate::store;
 use crate::store::attempt::NewAttempt;
 use crate::types::attempt::{Attempt, TaskKind};
+use crate::types::device::Device;
 use crate::types::event::NewEvent;
 use crate::types::ids::{AttemptId, JobId};
 use crate::types::job::{Job, Status};
@@ -38,14 +39,14 @@ pub fn token_sha256(token: &str) -> String {
 ///
 /// # Errors
 /// The database failed.
-pub async fn claim(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -> Result<Option<Claimed>> {
+pub async fn claim(jobs: &Jobs, task: TaskKind, device: Device, lease: Duration) -> Result<Option<Claimed>> {
     match task {
         TaskKind::Validate | TaskKind::Train => claim_job(jobs, task, device, lease).await,
         TaskKind::Export => claim_export(jobs, device, lease).await,
     }
 }
 
-async fn claim_job(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -> Result<Option<Claimed>> {
+async fn claim_job(jobs: &Jobs, task: TaskKind, device: Device, lease: Duration) -> Result<Option<Claimed>> {
     let now_ms = now_ms();
     let (mut tx, mut job) = loop {
         let mut tx = jobs.store.begin_write().await?;
@@ -69,7 +70,7 @@ async fn claim_job(jobs: &Jobs, task: TaskKind, device: &str, lease: Duration) -
     let begun = begin_attempt(&mut tx, job.id, task, device, lease).await?;
     let Some((attempt, token)) = begun else { return Ok(None) };
     tx.commit().await?;
-    tracing::info!(job.id = %job.id, attempt = %attempt.id, number = attempt.number, %task, device, "attempt claimed");
+    tracing::info!(job.id = %job.id, attempt = %attempt.id, number = attempt.number, %task, %device, "attempt claimed");
     jobs.tell_readers();
     Ok(Some(Claimed { attempt, job, token }))
 }
@@ -79,7 +80,7 @@ pub(super) async fn begin_attempt(
     conn: &mut SqliteConnection,
     job_id: JobId,
     task: TaskKind,
-    device: &str,
+    device: Device,
     lease: Duration,
 ) -> Result<Option<(Attempt, SecretString)>> {
     let now_ms = now_ms();
@@ -87,7 +88,7 @@ pub(super) async fn begin_attempt(
     let attempt = NewAttempt {
         id: AttemptId::new(),
         task,
-        device: device.to_owned(),
+        device: device.to_string(),
         token_sha256: token_sha256(&token),
         lease_expires_at_ms: now_ms + i64::try_from(lease.as_millis()).unwrap_or(i64::MAX / 2),
     };

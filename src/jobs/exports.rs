@@ -10,6 +10,7 @@ use super::{Error, Jobs, Result, find_job};
 use crate::store;
 use crate::types::artifact::{Artifact, ArtifactRequest, ArtifactType};
 use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
+use crate::types::device::Device;
 use crate::types::export::Export;
 use crate::types::ids::{ArtifactId, AttemptId, JobId};
 use crate::types::job::Status;
@@ -70,7 +71,7 @@ pub async fn export(jobs: &Jobs, owner: &str, job_id: JobId, request: ArtifactRe
 ///
 /// # Errors
 /// The database failed.
-pub(super) async fn claim_export(jobs: &Jobs, device: &str, lease: Duration) -> Result<Option<Claimed>> {
+pub(super) async fn claim_export(jobs: &Jobs, device: Device, lease: Duration) -> Result<Option<Claimed>> {
     let mut tx = jobs.store.begin_write().await?;
     let Some(export) = store::export::next(&mut tx).await? else { return Ok(None) };
     let job = match store::job::get(&mut tx, export.job_id).await {
@@ -88,7 +89,7 @@ pub(super) async fn claim_export(jobs: &Jobs, device: &str, lease: Duration) -> 
     let Some((attempt, token)) = begun else { return Ok(None) };
     store::export::set_running(&mut tx, export.id, attempt.id).await?;
     tx.commit().await?;
-    tracing::info!(job.id = %job.id, attempt = %attempt.id, artifact = %export.id, device, "export claimed");
+    tracing::info!(job.id = %job.id, attempt = %attempt.id, artifact = %export.id, %device, "export claimed");
     Ok(Some(Claimed { attempt, job, token }))
 }
 

@@ -10,6 +10,7 @@ use crate::config::{Config, Workers};
 use crate::store;
 use crate::types::artifact::{Artifact, ArtifactType};
 use crate::types::attempt::{Attempt, TaskKind};
+use crate::types::device::Device;
 use crate::types::file::File;
 use crate::types::job::Job;
 use crate::types::job_spec::InitFrom;
@@ -24,14 +25,17 @@ pub struct WorkerSettings {
     pub checkpoint_seconds: u64,
     /// Memory that a training may have; all that the machine has where none is given.
     pub memory_bytes: Option<u64>,
+    /// The device that a training is judged by which has none yet: that with the least memory, for any may get it.
+    pub device: Device,
 }
 
 impl WorkerSettings {
-    /// The configuration's.
-    pub fn from_config(config: &Config) -> Self {
+    /// The configuration's; trainings run on those devices, those with most memory first.
+    pub fn new(config: &Config, devices: &[Device]) -> Self {
         let Workers { checkpoint_seconds, memory_bytes, .. } = config.workers;
         let memory_bytes = (memory_bytes > 0).then_some(memory_bytes);
-        Self { lease: config.workers.lease(), checkpoint_seconds: checkpoint_seconds.into(), memory_bytes }
+        let device = devices.last().copied().unwrap_or_default();
+        Self { lease: config.workers.lease(), checkpoint_seconds: checkpoint_seconds.into(), memory_bytes, device }
     }
 }
 
@@ -40,7 +44,11 @@ impl WorkerSettings {
 /// # Errors
 /// The attempt has ended.
 pub async fn give_task(jobs: &Jobs, attempt: &Attempt, settings: WorkerSettings) -> Result<Task> {
-    let WorkerSettings { lease, checkpoint_seconds, memory_bytes } = settings;
+    let WorkerSettings { lease, checkpoint_seconds, memory_bytes, device } = settings;
+    let device = match attempt.task {
+        TaskKind::Validate => device,
+        TaskKind::Train | TaskKind::Export => attempt.device.parse().map_err(Error::Worker)?,
+    };
     let mut tx = jobs.store.begin_write().await?;
     store::attempt::set_running(&mut tx, attempt.id).await?;
     let (job, artifacts) = match attempt.task {
@@ -85,6 +93,7 @@ pub async fn give_task(jobs: &Jobs, attempt: &Attempt, settings: WorkerSettings)
         lease_seconds: lease.as_secs(),
         heartbeat_seconds: (lease.as_secs() / 3).clamp(1, 5),
         checkpoint_seconds,
+        device,
         memory_bytes,
     })
 }

@@ -4,6 +4,7 @@
 //! that no process list shows it; its environment is empty but for `PASSED_ON`. It learns its token only after its process
 //! id is in the database: should the server die between the two, the worker finds no token and exits.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -22,9 +23,13 @@ use crate::LOG_FORMAT;
 use crate::config::Config;
 use crate::types::ids::AttemptId;
 
+/// The program that runs.
+pub(super) const THIS_PROGRAM: &str = "/proc/self/exe";
+
 /// Variables of the server's environment that a worker sees: where programs, the home and temporary folders are, how to
-/// speak, how much to log, and how to reach a model hub.
-const PASSED_ON: [&str; 23] = [
+/// speak, how much to log, how to reach a model hub; and of CUDA where its libraries are, which cards there are and how they are
+/// counted, where kernels that a driver translates are kept, who shares a card, and that launches are to be waited for, which finds faults.
+const PASSED_ON: [&str; 31] = [
     "PATH",
     "HOME",
     "TMPDIR",
@@ -48,6 +53,14 @@ const PASSED_ON: [&str; 23] = [
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
     "XDG_CACHE_HOME",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_CACHE_PATH",
+    "CUDA_CACHE_DISABLE",
+    "CUDA_CACHE_MAXSIZE",
+    "CUDA_MPS_PIPE_DIRECTORY",
+    "CUDA_LAUNCH_BLOCKING",
 ];
 
 /// How the names of the folders of inspections begin.
@@ -89,7 +102,7 @@ impl Launcher {
     /// A launcher of workers that call `server` (`unix:PATH` or `http://…`).
     pub fn new(config: &Config, server: String) -> Self {
         Self {
-            executable: config.workers.executable.clone().unwrap_or_else(|| PathBuf::from("/proc/self/exe")),
+            executable: config.workers.executable.clone().unwrap_or_else(|| PathBuf::from(THIS_PROGRAM)),
             server,
             models_dir: config.models_dir(),
             cache_dir: config.cache_dir(),
@@ -141,7 +154,7 @@ impl Launcher {
             .arg("--cache-dir")
             .arg(&self.cache_dir)
             .env_clear()
-            .envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
+            .envs(passed_on())
             .process_group(0);
         if self.threads > 0 {
             command.env("RAYON_NUM_THREADS", self.threads.to_string());
@@ -252,6 +265,11 @@ impl ProcessIdentity {
             tracing::debug!(pid = self.pid, %signal, %error, "a process ended before its signal");
         }
     }
+}
+
+/// What a process of ours sees of the server's environment.
+pub(super) fn passed_on() -> impl Iterator<Item = (&'static str, OsString)> {
+    PASSED_ON.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?)))
 }
 
 /// Where in the folder of logs that of an attempt is.

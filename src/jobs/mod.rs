@@ -8,6 +8,7 @@ pub mod create;
 pub mod delete_file;
 pub mod delete_job;
 pub mod delete_model;
+pub mod devices;
 pub mod exports;
 pub mod find_adapter;
 pub mod finish_attempt;

@@ -24,6 +24,7 @@ use super::{Jobs, Result};
 use crate::config::Config;
 use crate::store;
 use crate::types::attempt::{Attempt, AttemptOutcome, AttemptState, TaskKind};
+use crate::types::device::Device;
 use crate::types::ids::AttemptId;
 
 /// Time between two ticks that nothing woke.
@@ -40,8 +41,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE_AFTER_CRASH: Duration = Duration::from_secs(8);
 /// Lines of a worker's log that a failure quotes.
 const LOG_LINES: usize = 10;
-/// The one device of this version.
-const DEVICE: &str = "cpu";
 
 /// How a process that was waited for ended.
 type Exit = std::result::Result<(AttemptId, std::io::Result<ExitStatus>), tokio::task::JoinError>;
@@ -55,6 +54,8 @@ pub struct Scheduler {
     stall: Duration,
     pause: Duration,
     validations: usize,
+    /// What trainings run on, one at a time each; the first that is free gets the next one.
+    devices: Vec<Device>,
     last_tick: Instant,
     watched: HashMap<AttemptId, Watched>,
     exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
@@ -68,6 +69,8 @@ pub struct Scheduler {
 #[derive(Debug)]
 struct Watched {
     task: TaskKind,
+    /// The name of the device that it holds; a validation holds none.
+    device: String,
     process: Option<ProcessIdentity>,
     /// Whether this server started it, and so learns how it ends.
     own: bool,
@@ -108,6 +111,7 @@ impl Watched {
         let now = Instant::now();
         Self {
             task: attempt.task,
+            device: attempt.device.clone(),
             process,
             own,
             lease_ms: attempt.lease_expires_at_ms,
@@ -169,8 +173,8 @@ impl Watched {
 }
 
 impl Scheduler {
-    /// A scheduler; it does nothing before [`Scheduler::run`].
-    pub fn new(config: &Config, jobs: Jobs, launcher: Launcher) -> Self {
+    /// A scheduler of trainings on those devices; it does nothing before [`Scheduler::run`].
+    pub fn new(config: &Config, jobs: Jobs, launcher: Launcher, devices: Vec<Device>) -> Self {
         Self {
             jobs,
             launcher,
@@ -178,6 +182,7 @@ impl Scheduler {
             stall: config.workers.stall(),
             pause: config.workers.pause(),
             validations: config.limits.validations as usize,
+            devices,
             last_tick: Instant::now(),
             watched: HashMap::new(),
             exits: JoinSet::new(),
@@ -226,16 +231,19 @@ impl Scheduler {
             }
         }
         self.release(&living).await?;
-        while self.count(TaskKind::Validate) < self.validations {
-            if !self.claim_and_start(TaskKind::Validate).await? {
+        while self.validating() < self.validations {
+            if !self.claim_and_start(TaskKind::Validate, Device::Cpu).await? {
                 break;
             }
         }
-        // An export is short, and somebody waits for it: it goes before the next training.
-        if self.count(TaskKind::Train) + self.count(TaskKind::Export) == 0
-            && !self.claim_and_start(TaskKind::Export).await?
-        {
-            self.claim_and_start(TaskKind::Train).await?;
+        // An export computes on the CPU. It is short, and somebody waits for it: there it goes before the next training.
+        if self.is_free(Device::Cpu) {
+            self.claim_and_start(TaskKind::Export, Device::Cpu).await?;
+        }
+        for device in self.devices.clone() {
+            if self.is_free(device) && !self.claim_and_start(TaskKind::Train, device).await? {
+                break;
+            }
         }
         Ok(())
     }
@@ -306,16 +314,23 @@ impl Scheduler {
         Ok(())
     }
 
-    fn count(&self, task: TaskKind) -> usize {
-        self.watched.values().filter(|watched| watched.task == task).count()
+    fn validating(&self) -> usize {
+        self.watched.values().filter(|watched| watched.task == TaskKind::Validate).count()
+    }
+
+    /// Whether no training and no export holds the device. One that another server of this data folder started counts too, also where
+    /// trainings of this one do not run on it.
+    fn is_free(&self, device: Device) -> bool {
+        let name = device.to_string();
+        !self.watched.values().any(|watched| watched.task != TaskKind::Validate && watched.device == name)
     }
 
     /// Claims the next job and starts its worker; `false`: there was none, or no worker can be started now.
-    async fn claim_and_start(&mut self, task: TaskKind) -> Result<bool> {
+    async fn claim_and_start(&mut self, task: TaskKind, device: Device) -> Result<bool> {
         if self.paused_until.is_some_and(|until| Instant::now() < until) {
             return Ok(false);
         }
-        let Some(claimed) = claim(&self.jobs, task, DEVICE, self.lease).await? else { return Ok(false) };
+        let Some(claimed) = claim(&self.jobs, task, device, self.lease).await? else { return Ok(false) };
         let attempt = claimed.attempt.clone();
         let Err(error) = self.start(claimed).await else { return Ok(true) };
         // This machine refuses (no process, no file to be had), which is no fault of the job's and may pass.
@@ -428,9 +443,122 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
     use super::*;
+    use crate::jobs::cancel::cancel;
     use crate::jobs::finish_attempt::MOST_ATTEMPTS_WITHOUT_PROGRESS;
     use crate::jobs::testing;
+    use crate::types::DEFAULT_OWNER;
+    use crate::types::ids::JobId;
+
+    /// A scheduler of those devices, whose workers take their token and then say nothing until they are told to end.
+    fn scheduler(folder: &Path, jobs: &Jobs, devices: &[Device]) -> Scheduler {
+        let worker = folder.join("worker");
+        if !worker.exists() {
+            // Written by a process of its own: one that is started elsewhere meanwhile would keep the file open, and it could not run.
+            let script = format!(
+                "printf '#!/bin/sh\\nread -r token\\nexec sleep 60\\n' >'{0}' && chmod 700 '{0}'",
+                worker.display()
+            );
+            assert!(Command::new("sh").args(["-c", &script]).status().expect("a shell").success());
+        }
+        let mut config = Config::default();
+        config.server.data_dir = folder.to_owned();
+        config.workers.executable = Some(worker);
+        let launcher = Launcher::new(&config, "unix:none".to_owned());
+        Scheduler::new(&config, jobs.clone(), launcher, devices.to_vec())
+    }
+
+    /// What runs on which device.
+    async fn held(jobs: &Jobs) -> Vec<(String, TaskKind, JobId)> {
+        let live = store::attempt::live(&mut jobs.store.read().await.expect("a connection")).await.expect("a list");
+        let mut held: Vec<_> = live.into_iter().map(|attempt| (attempt.device, attempt.task, attempt.job_id)).collect();
+        held.sort_by(|one, other| one.0.cmp(&other.0));
+        held
+    }
+
+    fn trains(device: Device, job: JobId) -> (String, TaskKind, JobId) {
+        (device.to_string(), TaskKind::Train, job)
+    }
+
+    /// Ticks until that is what runs.
+    async fn tick_until(scheduler: &mut Scheduler, jobs: &Jobs, wanted: &[(String, TaskKind, JobId)]) {
+        let begin = Instant::now();
+        loop {
+            scheduler.tick().await.expect("a tick");
+            let held = held(jobs).await;
+            if held == wanted {
+                return;
+            }
+            assert!(begin.elapsed() < Duration::from_secs(60), "{held:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn each_device_trains_one_job_at_a_time() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let (first, second) = (testing::add_queued_job(&jobs).await, testing::add_queued_job(&jobs).await);
+        let (third, fourth) = (testing::add_queued_job(&jobs).await, testing::add_queued_job(&jobs).await);
+        let mut scheduler = scheduler(folder.path(), &jobs, &[Device::Cuda(0), Device::Cuda(1)]);
+        for _ in 0..2 {
+            scheduler.tick().await.expect("a tick");
+            assert_eq!(held(&jobs).await, [trains(Device::Cuda(0), first), trains(Device::Cuda(1), second)]);
+        }
+        // The device of a job that is gone, and no other, goes to the next one.
+        cancel(&jobs, DEFAULT_OWNER, second).await.expect("a job that trains");
+        let expected = [trains(Device::Cuda(0), first), trains(Device::Cuda(1), third)];
+        tick_until(&mut scheduler, &jobs, &expected).await;
+        cancel(&jobs, DEFAULT_OWNER, first).await.expect("a job that trains");
+        let expected = [trains(Device::Cuda(0), fourth), trains(Device::Cuda(1), third)];
+        tick_until(&mut scheduler, &jobs, &expected).await;
+        scheduler.stop_all().await.expect("no worker is left");
+    }
+
+    #[tokio::test]
+    async fn a_restarted_server_leaves_the_devices_of_its_old_workers_alone() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let (first, second) = (testing::add_queued_job(&jobs).await, testing::add_queued_job(&jobs).await);
+        let mut before = scheduler(folder.path(), &jobs, &[Device::Cuda(0), Device::Cuda(1)]);
+        before.tick().await.expect("a tick");
+        let (third, fourth) = (testing::add_queued_job(&jobs).await, testing::add_queued_job(&jobs).await);
+        // It is told of other devices than its predecessor; what that one began on cuda:0 goes on there.
+        let mut after = scheduler(folder.path(), &jobs, &[Device::Cuda(1), Device::Cuda(2)]);
+        for _ in 0..2 {
+            after.tick().await.expect("a tick");
+            let expected =
+                [trains(Device::Cuda(0), first), trains(Device::Cuda(1), second), trains(Device::Cuda(2), third)];
+            assert_eq!(held(&jobs).await, expected);
+        }
+        cancel(&jobs, DEFAULT_OWNER, first).await.expect("a job that trains");
+        cancel(&jobs, DEFAULT_OWNER, second).await.expect("a job that trains");
+        // Whoever started a worker learns of its end: here that is the scheduler before.
+        let expected = [trains(Device::Cuda(1), fourth), trains(Device::Cuda(2), third)];
+        tick_until(&mut after, &jobs, &expected).await;
+        after.stop_all().await.expect("no worker is left");
+    }
+
+    #[tokio::test]
+    async fn an_export_keeps_a_training_from_the_cpu_and_not_from_a_gpu() {
+        for (device, beside) in [(Device::Cpu, false), (Device::Cuda(0), true)] {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let jobs = testing::jobs(folder.path()).await;
+            let exports = [testing::add_export(&jobs).await, testing::add_export(&jobs).await];
+            let waits = testing::add_queued_job(&jobs).await;
+            let mut scheduler = scheduler(folder.path(), &jobs, &[device]);
+            for _ in 0..2 {
+                scheduler.tick().await.expect("a tick");
+                let mut expected = vec![(Device::Cpu.to_string(), TaskKind::Export, exports[0])];
+                expected.extend(beside.then(|| trains(device, waits)));
+                assert_eq!(held(&jobs).await, expected);
+            }
+            scheduler.stop_all().await.expect("no worker is left");
+        }
+    }
 
     #[tokio::test]
     async fn a_worker_that_cannot_be_started_is_not_held_against_its_job() {
@@ -442,7 +570,7 @@ mod tests {
         std::fs::write(config.logs_dir(), "").expect("a file");
         let waiting = [testing::add_job(&jobs).await, testing::add_job(&jobs).await];
         let launcher = Launcher::new(&config, "unix:none".to_owned());
-        let mut scheduler = Scheduler::new(&config, jobs.clone(), launcher);
+        let mut scheduler = Scheduler::new(&config, jobs.clone(), launcher, vec![Device::Cpu]);
 
         let mut pauses = Vec::new();
         for failed_starts in 1..=MOST_ATTEMPTS_WITHOUT_PROGRESS + 1 {

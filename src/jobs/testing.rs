@@ -7,13 +7,18 @@ use serde_json::json;
 
 use super::Jobs;
 use super::claim::{Claimed, claim};
+use super::finish_attempt::finish_attempt;
 use crate::storage::Storage;
 use crate::store::Store;
+use crate::store::export;
 use crate::store::job::{self, Request};
+use crate::types::artifact::{ArtifactRequest, ArtifactType};
 use crate::types::attempt::TaskKind;
-use crate::types::ids::{FileId, JobId};
+use crate::types::device::Device;
+use crate::types::ids::{ArtifactId, FileId, JobId};
 use crate::types::job::{Job, Status};
 use crate::types::job_spec::JobSpec;
+use crate::types::worker_protocol::Finish;
 
 /// The use cases over an empty database in `folder` and a storage in memory.
 pub(super) async fn jobs(folder: &Path) -> Jobs {
@@ -54,7 +59,29 @@ pub(super) async fn add_job_with_files(jobs: &Jobs, training: FileId, validation
 
 /// Takes up the next job to validate.
 pub(super) async fn claim_next(jobs: &Jobs) -> Option<Claimed> {
-    claim(jobs, TaskKind::Validate, "cpu", Duration::from_secs(30)).await.expect("a claim")
+    claim(jobs, TaskKind::Validate, Device::Cpu, Duration::from_secs(30)).await.expect("a claim")
+}
+
+/// Adds a job that waits to be trained.
+pub(super) async fn add_queued_job(jobs: &Jobs) -> JobId {
+    let id = add_job(jobs).await;
+    let attempt = claim_next(jobs).await.expect("a job to validate").attempt;
+    let valid = Finish::Succeeded { trained_tokens: None, events: Vec::new() };
+    finish_attempt(jobs, &attempt, valid).await.expect("a job that was being validated");
+    id
+}
+
+/// Adds a job that was trained, and asks for one more artifact of it.
+pub(super) async fn add_export(jobs: &Jobs) -> JobId {
+    let job = add_queued_job(jobs).await;
+    let request = ArtifactRequest { kind: ArtifactType::Merged, quantization: None };
+    let mut tx = jobs.store.begin_write().await.expect("a transaction");
+    for (from, to) in [(Status::Queued, Status::Running), (Status::Running, Status::Succeeded)] {
+        assert!(job::transition(&mut tx, job, from, to, 0).await.expect("an update"));
+    }
+    export::insert(&mut tx, ArtifactId::new(), job, &request, 0).await.expect("an export");
+    tx.commit().await.expect("a commit");
+    job
 }
 
 /// Makes a job one whose `spec` this build cannot read, as if another build had written it.

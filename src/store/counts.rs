@@ -43,6 +43,20 @@ pub async fn live_attempts(conn: &mut SqliteConnection) -> Result<Vec<(TaskKind,
     Ok(rows.into_iter().map(|row| (row.task, row.count)).collect())
 }
 
+/// The devices that live attempts hold; a validation holds none.
+///
+/// # Errors
+/// The database failed.
+pub async fn held_devices(conn: &mut SqliteConnection) -> Result<Vec<String>> {
+    let devices = sqlx::query_scalar!(
+        "select distinct device from attempt indexed by attempt_live where state <> 'ended' and task <> 'validate'
+          order by device"
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(devices)
+}
+
 /// Trained tokens of all jobs, those of running ones up to their last step.
 ///
 /// # Errors
@@ -58,20 +72,20 @@ pub async fn trained_tokens(conn: &mut SqliteConnection) -> Result<i64> {
     Ok(tokens)
 }
 
-/// The time that the last step of the jobs that run took.
+/// The time that the last step of each job took which trains, by the name of its device.
 ///
 /// # Errors
 /// The database failed.
-pub async fn last_step_ms(conn: &mut SqliteConnection) -> Result<Option<i64>> {
-    let step_ms = sqlx::query_scalar!(
-        "select step_ms from job join job_metric on job_metric.job_id = job.id
-          where job.status = 'running'
-            and step = (select max(last.step) from job_metric as last where last.job_id = job.id)
-          order by job_metric.created_at_ms desc limit 1"
+pub async fn last_step_ms(conn: &mut SqliteConnection) -> Result<Vec<(String, i64)>> {
+    let rows = sqlx::query!(
+        "select attempt.device, step_ms from attempt indexed by attempt_live join job_metric on job_metric.job_id = attempt.job_id
+          where state <> 'ended' and task = 'train'
+            and step = (select max(last.step) from job_metric as last where last.job_id = attempt.job_id)
+          order by attempt.device"
     )
-    .fetch_optional(conn)
+    .fetch_all(conn)
     .await?;
-    Ok(step_ms)
+    Ok(rows.into_iter().map(|row| (row.device, row.step_ms)).collect())
 }
 
 /// Bytes of the objects that rows name.

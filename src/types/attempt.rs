@@ -62,7 +62,7 @@ pub struct Attempt {
     pub number: i64,
     /// How far it is.
     pub state: AttemptState,
-    /// The device it holds, `cpu` for one.
+    /// The device it holds, `cpu` or `cuda:0` for one; a validation is on the `cpu` and holds none.
     pub device: String,
     /// Process id of the worker, which is also its process group.
     pub pid: Option<i64>,

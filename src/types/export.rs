@@ -7,7 +7,7 @@ use super::text::text_enum;
 text_enum! {
     /// How far an export is; once it is made it is an artifact.
     pub enum ExportStatus {
-        /// It waits for the device.
+        /// It waits for the CPU.
         Queued = "queued",
         /// A worker makes it.
         Running = "running",

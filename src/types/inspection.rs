@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use super::device::Device;
 use super::file::File;
 use super::job_spec::Invalid;
 
@@ -59,6 +60,8 @@ pub enum Question {
         artifacts: Vec<ArtifactRequest>,
         /// Memory that it may have; all that the machine has where none is given.
         memory_bytes: Option<u64>,
+        /// What it will run on.
+        device: Device,
     },
 }
 
@@ -232,12 +235,20 @@ pub struct Estimate {
     pub layers: u64,
     /// Values that are trained.
     pub trainable_parameters: u64,
-    /// Tokens a second of the first micro-batch, measured now beside whatever else this machine does; null where it does not fit.
+    /// Tokens a second of the first micro-batch, measured now beside whatever else this machine does; null where it does not fit, and
+    /// where it will run on a GPU, which others may be using.
     pub tokens_per_second: Option<f64>,
     /// Wall time of the steps and evaluations in seconds, at that rate.
     pub seconds: Option<f64>,
     /// Most memory that the worker will hold, in bytes, the base model's file included.
     pub peak_host_bytes: u64,
+    /// What it will run on: `cpu`, or a GPU like `cuda:0`. Of several GPUs, that with the least memory.
+    #[schema(value_type = String)]
+    pub device: Device,
+    /// Most memory of the GPU that it will hold, in bytes; null on the CPU.
+    pub peak_device_bytes: Option<u64>,
+    /// Memory that the GPU has, in bytes; null on the CPU.
+    pub device_total_bytes: Option<u64>,
     /// Least memory that these settings can do with: below peak_host_bytes where `gradient_checkpointing` is `auto`.
     pub least_host_bytes: u64,
     /// Memory that a training may have on this machine.

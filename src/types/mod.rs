@@ -4,6 +4,7 @@ pub mod api_key;
 pub mod artifact;
 pub mod attempt;
 pub mod checkpoint;
+pub mod device;
 pub mod event;
 pub mod export;
 pub mod file;

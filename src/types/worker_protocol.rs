@@ -1,4 +1,4 @@
-//! What a worker and the server say to each other, version 4.
+//! What a worker and the server say to each other, version 5.
 //!
 //! Every request carries `Authorization: Bearer <attempt token>` and [`VERSION_HEADER`]. The task and everything about it
 //! hang on the token, so no path names a job. A repeated request changes nothing. Once the attempt has ended, or its job
@@ -10,12 +10,13 @@ use serde_json::Value;
 
 use super::artifact::{ArtifactRequest, ArtifactType, Quantization};
 use super::attempt::{AttemptState, TaskKind};
+use super::device::Device;
 use super::event::{EventType, Level};
 use super::ids::{ArtifactId, AttemptId, FileId, JobId};
 use super::metric::Metric;
 
 /// The version that this build speaks.
-pub const VERSION: &str = "4";
+pub const VERSION: &str = "5";
 /// The header that carries it.
 pub const VERSION_HEADER: &str = "lorad-worker-protocol";
 /// The error code of a request that comes too late.
@@ -75,6 +76,8 @@ pub struct Task {
     pub heartbeat_seconds: u64,
     /// Longest time between two checkpoints.
     pub checkpoint_seconds: u64,
+    /// What the training runs on, or will run on; an export, the CPU.
+    pub device: Device,
     /// Memory that a training may have, in bytes; all that the machine has where none is given.
     pub memory_bytes: Option<u64>,
 }

@@ -6,6 +6,7 @@ use crate::hub;
 use crate::types::event::{EventType, Level};
 use crate::types::worker_protocol::{Finish, INIT_FROM_PATH, TRAINING_FILE_PATH, VALIDATION_FILE_PATH, WorkerEvent};
 use lorad_engine::data::Report;
+use lorad_engine::spec::{GradientCheckpointing, Optimizer, TrainingSpec};
 use lorad_engine::train::{Change, Fit};
 
 /// How serious it is, a sentence, figures.
@@ -36,8 +37,25 @@ pub(super) enum Fault {
     OfValidationFile(lorad_engine::Error),
     /// The training needs more memory than it may have.
     DoesNotFit(Fit),
+    /// The GPU's memory ran out under way; settings that need less.
+    OutOfDeviceMemory {
+        /// The engine's error.
+        error: lorad_engine::Error,
+        /// What to change, the nearest first.
+        smaller: Vec<String>,
+    },
     /// At any other time.
     Other(lorad_engine::Error),
+}
+
+impl Fault {
+    /// What went wrong in the training itself.
+    pub(super) fn of_training(error: lorad_engine::Error, asked: &TrainingSpec) -> Self {
+        match error {
+            lorad_engine::Error::DeviceMemory { .. } => Self::OutOfDeviceMemory { error, smaller: smaller(asked) },
+            error => Self::Other(error),
+        }
+    }
 }
 
 impl From<lorad_engine::Error> for Fault {
@@ -55,14 +73,20 @@ pub(super) fn of_engine(fault: Fault, ours: &Ours) -> anyhow::Result<Finish> {
     use lorad_engine::data::DatasetError;
     let (error, param) = match fault {
         Fault::DoesNotFit(fit) => return Ok(failed("does_not_fit", does_not_fit(&fit), Some("training"))),
+        Fault::OutOfDeviceMemory { error, smaller } => {
+            let message = format!("{}; settings that need less: {}", ours.hide(&error.to_string()), smaller.join(", "));
+            return Ok(failed("does_not_fit", message, Some("training")));
+        }
         Fault::OfValidationFile(error) => (error, "validation_file"),
         Fault::Other(error) => (error, "training_file"),
     };
     let message = ours.hide(&error.to_string());
     match error {
-        Error::Dataset(DatasetError::Io { .. }) | Error::Io { .. } | Error::Tensor(_) | Error::Checkpoint(_) => {
-            Err(error.into())
-        }
+        Error::Dataset(DatasetError::Io { .. })
+        | Error::Io { .. }
+        | Error::Tensor(_)
+        | Error::Checkpoint(_)
+        | Error::Device(_) => Err(error.into()),
         Error::Dataset(error) => {
             let events = error.report().map(|report| findings((report, &[]), None)).unwrap_or_default();
             let code = error.code().replace("training_file", param);
@@ -75,6 +99,7 @@ pub(super) fn of_engine(fault: Fault, ours: &Ours) -> anyhow::Result<Finish> {
         Error::Spec(error) => Ok(failed("invalid_hyperparameters", message, Some(error.field))),
         Error::ReadBack(_) | Error::Adapter(_) => Ok(failed("export_failed", message, None)),
         Error::Training { .. } => Ok(failed("training_failed", message, None)),
+        Error::DeviceMemory { .. } => Ok(failed("does_not_fit", message, Some("training"))),
     }
 }
 
@@ -151,6 +176,28 @@ fn of_report(report: &Report, untrained_tokens: &[String]) -> Vec<Finding> {
     findings
 }
 
+/// Settings that need less memory, in the order in which they hurt least: `train::fit` takes them back in the same one.
+fn smaller(asked: &TrainingSpec) -> Vec<String> {
+    let (half, length) = (asked.micro_batch_size / 2, asked.max_seq_length.map(|length| length / 2));
+    let rows = asked.batch_size;
+    let mut settings = Vec::new();
+    if asked.gradient_checkpointing != GradientCheckpointing::Full {
+        settings.push("training.gradient_checkpointing full".to_owned());
+    }
+    if half > 0 {
+        let steps = rows.div_ceil(half);
+        settings.push(format!("training.micro_batch_size {half} with training.gradient_accumulation_steps {steps}"));
+    }
+    if asked.optimizer != Optimizer::AdamW8bit {
+        settings.push("training.optimizer adamw_8bit".to_owned());
+    }
+    settings.push(match length {
+        Some(length) if length > 0 => format!("training.max_seq_length {length}"),
+        _ => "a smaller training.max_seq_length".to_owned(),
+    });
+    settings
+}
+
 /// Says how much is missing, and which settings would do.
 fn does_not_fit(fit: &Fit) -> String {
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
@@ -168,4 +215,38 @@ fn does_not_fit(fit: &Fit) -> String {
 
 fn failed(code: &str, message: String, param: Option<&str>) -> Finish {
     Finish::Failed { code: code.to_owned(), message, param: param.map(str::to_owned), events: Vec::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use lorad_engine::spec::TrainSpec;
+
+    use super::*;
+
+    #[test]
+    fn a_gpu_that_runs_out_of_memory_ends_the_job_with_settings_that_need_less() {
+        let ours = Ours { base: "/models/base.gguf".into(), base_name: "tiny".to_owned(), scratch: "/scratch".into() };
+        let ran_out = || lorad_engine::Error::DeviceMemory { needed_bytes: 3 << 30, free_bytes: 1 << 30 };
+        let mut asked = TrainSpec::default().training;
+        let told = |asked: &TrainingSpec| match of_engine(Fault::of_training(ran_out(), asked), &ours) {
+            Ok(Finish::Failed { code, message, param, .. }) => {
+                assert_eq!((code.as_str(), param.as_deref()), ("does_not_fit", Some("training")));
+                assert!(message.contains("out of GPU memory"), "{message}");
+                message.split_once("need less: ").expect("settings").1.to_owned()
+            }
+            other => panic!("{other:?}"),
+        };
+        let first = "training.gradient_checkpointing full, training.micro_batch_size 1 with training.gradient_accumulation_steps 8";
+        let all = format!("{first}, training.optimizer adamw_8bit, training.max_seq_length 1024");
+        asked.max_seq_length = Some(2048);
+        assert_eq!(told(&asked), all);
+        asked.gradient_checkpointing = GradientCheckpointing::Full;
+        asked.optimizer = Optimizer::AdamW8bit;
+        (asked.micro_batch_size, asked.max_seq_length) = (1, None);
+        assert_eq!(told(&asked), "a smaller training.max_seq_length");
+
+        // Where the model itself has no room, no setting of the training helps.
+        let loading = of_engine(Fault::Other(ran_out()), &ours);
+        assert!(matches!(loading, Ok(Finish::Failed { code, .. }) if code == "does_not_fit"));
+    }
 }

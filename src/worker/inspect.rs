@@ -19,6 +19,7 @@ use super::failure::{self, Fault, Ours};
 use crate::hub::{self, Hub};
 use crate::memory::Bound;
 use crate::types::artifact::{ArtifactRequest, ArtifactType, Quantization};
+use crate::types::device::Device;
 use crate::types::inspection::{Answer, ArtifactBytes, DatasetReports, Estimate, Inspection, Question, Refusal};
 use crate::types::worker_protocol::Finish;
 
@@ -71,7 +72,9 @@ fn answer(inspection: &Inspection, options: Options) -> anyhow::Result<Answer> {
     let found = match &inspection.question {
         Question::Report => report(inspection, &ours.base),
         Question::Preview { rows } => preview(inspection, &ours.base, *rows),
-        Question::Estimate { artifacts, memory_bytes } => estimate(inspection, &ours, artifacts, *memory_bytes),
+        Question::Estimate { artifacts, memory_bytes, device } => {
+            estimate(inspection, &ours, artifacts, (*memory_bytes, *device))
+        }
     };
     match found {
         Ok(answer) => Ok(answer),
@@ -126,7 +129,7 @@ fn estimate(
     inspection: &Inspection,
     ours: &Ours,
     artifacts: &[ArtifactRequest],
-    memory_bytes: Option<u64>,
+    (memory_bytes, device): (Option<u64>, Device),
 ) -> Result<Answer, Fault> {
     let Inspection { spec, training_file, validation_file, .. } = inspection;
     let base = GgufFile::open(&ours.base)?;
@@ -141,7 +144,9 @@ fn estimate(
     let fit = train::fit(spec, &model, &dataset, validation.as_ref(), memory_bytes)?;
     // Memory is looked at before the passes that measure the rate take theirs.
     let needed = train::estimate(spec, &model, &dataset, validation.as_ref(), None)?;
-    let rate = if fit.fits { Some(train::measure_rate(spec, &model, &dataset)?) } else { None };
+    // Who trains on a GPU must not lose its memory to a question.
+    let rate =
+        if fit.fits && device == Device::Cpu { Some(train::measure_rate(spec, &model, &dataset)?) } else { None };
     let seconds = match rate {
         None => None,
         Some(_) => train::estimate(spec, &model, &dataset, validation.as_ref(), rate)?.seconds,
@@ -163,6 +168,9 @@ fn estimate(
         tokens_per_second: rate,
         seconds,
         peak_host_bytes: needed.peak_host_bytes,
+        device,
+        peak_device_bytes: needed.peak_device_bytes,
+        device_total_bytes: needed.device_total_bytes,
         least_host_bytes: fit.least_host_bytes,
         memory_bytes: fit.memory_bytes,
         fits: fit.fits,

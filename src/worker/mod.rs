@@ -118,7 +118,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 async fn attempt(client: Client, progress: Progress, options: &Options) -> Result<(), Error> {
     let task: Task = client.get(TASK_PATH).await?;
     client.set_lease(Duration::from_secs(task.lease_seconds));
-    tracing::info!(attempt = %task.attempt_id, job.id = %task.job_id, task = %task.kind, "attempt started");
+    tracing::info!(attempt = %task.attempt_id, job.id = %task.job_id, task = %task.kind, device = %task.device, "attempt started");
     let downloaded = progress.clone();
     let hub = Hub::new(hub::Options {
         models_dir: options.models_dir.clone(),

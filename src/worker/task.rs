@@ -24,6 +24,7 @@ use super::{Pause, Progress};
 use crate::hub::{self, BaseModel, Hub};
 use crate::memory::Bound;
 use crate::types::attempt::TaskKind;
+use crate::types::device::Device;
 use crate::types::event::{EventType, Level};
 use crate::types::metric::Metric;
 use crate::types::worker_protocol::{
@@ -147,9 +148,12 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
         let training = read(inputs.training_file()?)?;
         let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
         drop(bound);
-        let fit = train::fit(spec, &llama, &training, validation.as_ref(), inputs.task.memory_bytes)?;
-        if !fit.fits {
-            return Err(Fault::DoesNotFit(fit));
+        // It is about this machine's memory, of which a training on a GPU needs little.
+        if inputs.task.device == Device::Cpu {
+            let fit = train::fit(spec, &llama, &training, validation.as_ref(), inputs.task.memory_bytes)?;
+            if !fit.fits {
+                return Err(Fault::DoesNotFit(fit));
+            }
         }
         let (training, validation) = (training.report, validation.map(|dataset| dataset.report));
         let untrained = untrained_tokens(&base, &training.control_tokens)?.into_iter();
@@ -245,8 +249,10 @@ fn train_and_export(
     };
     let checkpoint_interval = Some(Duration::from_secs(task.checkpoint_seconds));
     let memory_budget_bytes = task.memory_bytes.map(|bytes| train::left_of(bytes, &llama)).transpose()?;
-    let start = Start { resume, init_from, validation: validation.as_ref(), memory_budget_bytes, checkpoint_interval };
-    let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event)?;
+    let (validation, device) = (validation.as_ref(), task.device);
+    let start = Start { resume, init_from, validation, memory_budget_bytes, checkpoint_interval, device };
+    let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event);
+    let outcome = outcome.map_err(|error| Fault::of_training(error, &task.spec.training))?;
     saved?;
     pause.set_training(false);
     if !outcome.completed {

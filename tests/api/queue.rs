@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use lorad::jobs::claim::claim;
 use lorad::types::attempt::TaskKind;
+use lorad::types::device::Device;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
@@ -43,7 +44,7 @@ async fn a_paused_training_hands_in_its_step_and_goes_on_there() {
     for _ in 0..2 {
         assert_eq!(status_after(&app, &format!("{path}/resume")).await, "queued");
     }
-    let claimed = claim(&app.jobs, TaskKind::Train, "cpu", Duration::from_secs(30)).await.expect("a database");
+    let claimed = claim(&app.jobs, TaskKind::Train, Device::Cpu, Duration::from_secs(30)).await.expect("a database");
     assert!(claimed.is_none(), "its worker still runs");
     worker.post("events", &step(3)).await;
     worker.put_checkpoint(3, false, b"three").await;
@@ -71,7 +72,7 @@ async fn a_job_is_paused_in_validation_too_and_never_after_its_end() {
     let in_use = app.request(Method::DELETE, &file).send().await.expect("an answer");
     assert_eq!(error(in_use, StatusCode::BAD_REQUEST).await["code"], "file_in_use");
     worker.finish(json!({"result": "stopped"})).await;
-    let none = claim(&app.jobs, TaskKind::Validate, "cpu", Duration::from_secs(30)).await.expect("a database");
+    let none = claim(&app.jobs, TaskKind::Validate, Device::Cpu, Duration::from_secs(30)).await.expect("a database");
     assert!(none.is_none(), "a paused job is left alone");
 
     assert_eq!(status_after(&app, &format!("{path}/resume")).await, "validating_files");

@@ -26,7 +26,8 @@ async fn the_figures_are_those_of_the_database() {
         ("lorad_queue_oldest_seconds", Some(0.0)),
         ("lorad_live_attempts{task=\"train\"}", Some(0.0)),
         ("lorad_trained_tokens", Some(0.0)),
-        ("lorad_last_step_milliseconds", None),
+        ("lorad_last_step_milliseconds{device=\"cpu\"}", None),
+        ("lorad_device_busy{device=\"cpu\"}", Some(0.0)),
         ("lorad_stored_bytes{kind=\"files\"}", Some(0.0)),
     ] {
         assert_eq!(value(&empty, sample), expected, "{sample}: {empty}");
@@ -52,7 +53,8 @@ async fn the_figures_are_those_of_the_database() {
         ("lorad_live_attempts{task=\"train\"}", 1.0),
         ("lorad_live_attempts{task=\"validate\"}", 0.0),
         ("lorad_trained_tokens", 20.0),
-        ("lorad_last_step_milliseconds", 5.0),
+        ("lorad_last_step_milliseconds{device=\"cpu\"}", 5.0),
+        ("lorad_device_busy{device=\"cpu\"}", 1.0),
         ("lorad_stored_bytes{kind=\"files\"}", rows as f64),
         ("lorad_stored_bytes{kind=\"checkpoints\"}", 10.0),
         ("lorad_stored_bytes{kind=\"artifacts\"}", 0.0),

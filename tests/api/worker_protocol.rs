@@ -1,6 +1,7 @@
 //! The worker protocol, from a worker's side.
 
 use lorad::types::attempt::{AttemptOutcome, TaskKind};
+use lorad::types::device::Device;
 use lorad::types::worker_protocol::VERSION;
 use lorad::{jobs, store};
 use reqwest::{Method, StatusCode};
@@ -111,6 +112,23 @@ async fn a_wrong_token_or_another_version_is_refused() {
     let response = worker.request_in_version(Method::GET, "task", "1").send().await.expect("an answer");
     let error = error(response, StatusCode::BAD_REQUEST).await;
     assert!(text(&error["message"]).contains(&format!("protocol {VERSION}")), "{error}");
+}
+
+#[tokio::test]
+async fn a_task_names_the_device_of_its_training() {
+    let app = TestApp::start_on(&[Device::Cuda(1), Device::Cuda(0)]).await;
+    app.create_job(json!({})).await;
+    // Whichever it will be, the last of the devices has the least memory.
+    let worker = app.take_up(TaskKind::Validate).await;
+    assert_eq!(worker.get("task").await["device"], "cuda:0");
+    worker.finish(json!({"result": "succeeded"})).await;
+    let worker = app.take_up_on(TaskKind::Train, Device::Cuda(1)).await;
+    assert_eq!(worker.get("task").await["device"], "cuda:1");
+    let page = app.get("/metrics").await.text().await.expect("a body");
+    for sample in ["lorad_device_busy{device=\"cuda:0\"} 0\n", "lorad_device_busy{device=\"cuda:1\"} 1\n"] {
+        assert!(page.contains(sample), "{page}");
+    }
+    assert!(!page.contains("device=\"cpu\""), "{page}");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! `lorad train` and `lorad chat` as a user runs them: real processes on a tiny model.
 
 mod dataset;
+mod devices;
 mod export;
 mod keys;
 

@@ -17,13 +17,23 @@ async fn a_setting_that_cannot_be_used_is_named() {
     let home = Home::start(&[]).await;
     for (name, value, words) in [
         ("LORAD__WORKERS__LEASE", "4", &["workers", "lease"][..]),
-        ("LORAD__WORKERS__DEVICES", "cuda:0", &["workers.devices", "cuda:0"]),
+        ("LORAD__WORKERS__DEVICES", "gpu", &["workers.devices", "`auto`", "`gpu`"]),
+        ("LORAD__WORKERS__DEVICES", "cuda:997", &["workers.devices", "GPU", "`cuda:997`"]),
         ("LORAD__SERVER__LISTEN", "0.0.0.0:0", &["server.listen", "auth.bootstrap_key"]),
         ("LORAD__STORAGE__URL", "ftp://somewhere", &["storage.url", "ftp://somewhere"]),
     ] {
         let (status, output) = home.run_server("other", &[(name, value)]);
         assert!(!status.success() && words.iter().all(|word| output.contains(word)), "{output}");
         assert!(!output.contains("panicked"), "{output}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_tells_what_trainings_run_on() {
+    for (setting, words) in [("cpu", "as workers.devices says"), ("auto", "trainings run on")] {
+        let home = Home::start(&[("LORAD__WORKERS__DEVICES", setting)]).await;
+        let log = home.log();
+        assert!(log.contains(words) && !log.contains("cannot be looked for"), "{log}");
     }
 }
 

@@ -14,6 +14,7 @@ use lorad::storage::Storage;
 use lorad::store::Store;
 use lorad::types::api_key::Scope;
 use lorad::types::attempt::TaskKind;
+use lorad::types::device::Device;
 use lorad::types::ids::KeyId;
 use lorad::types::worker_protocol::{VERSION, VERSION_HEADER};
 use lorad_engine::testing::TinyModel;
@@ -50,8 +51,17 @@ impl TestApp {
         Self::start_with(|_| {}).await
     }
 
+    /// A server whose trainings run on those devices, as far as it knows.
+    pub(crate) async fn start_on(devices: &[Device]) -> Self {
+        Self::start_with_all(|_| {}, devices).await
+    }
+
     /// A server with a changed configuration; where that names no storage, objects are in memory.
     pub(crate) async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_with_all(change, &[Device::Cpu]).await
+    }
+
+    async fn start_with_all(change: impl FnOnce(&mut Config), devices: &[Device]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut config = Config::default();
         config.server.data_dir = folder.path().to_owned();
@@ -70,7 +80,7 @@ impl TestApp {
         };
         let jobs = Jobs::new(store, storage);
         let shutdown = CancellationToken::new();
-        let app = App::new(&config, jobs.clone(), hub, shutdown.clone()).await.expect("a safe configuration");
+        let app = App::new(&config, jobs.clone(), hub, devices, shutdown.clone()).await.expect("a safe configuration");
 
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
@@ -145,7 +155,12 @@ impl TestApp {
 
     /// Takes the next attempt up, as the scheduler would.
     pub(crate) async fn take_up(&self, task: TaskKind) -> Worker {
-        let claimed = claim(&self.jobs, task, "cpu", Duration::from_secs(30)).await.expect("a database");
+        self.take_up_on(task, Device::Cpu).await
+    }
+
+    /// Takes the next attempt up for that device.
+    pub(crate) async fn take_up_on(&self, task: TaskKind, device: Device) -> Worker {
+        let claimed = claim(&self.jobs, task, device, Duration::from_secs(30)).await.expect("a database");
         let Claimed { token, .. } = claimed.expect("something to do");
         self.worker(token.expose_secret())
     }

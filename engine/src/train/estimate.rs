@@ -39,6 +39,10 @@ pub struct Estimate {
     pub seconds: Option<f64>,
     /// Most memory that the process will hold, in bytes, the base model's file included.
     pub peak_host_bytes: u64,
+    /// Most memory of the GPU that the run will hold, in bytes; `None`: it runs on the CPU.
+    pub peak_device_bytes: Option<u64>,
+    /// Memory that the GPU has.
+    pub device_total_bytes: Option<u64>,
     /// Bytes of one checkpoint.
     pub checkpoint_bytes: u64,
     /// Bytes of the PEFT adapter.
@@ -121,6 +125,8 @@ pub fn estimate(
         trainable_parameters: need.parameters,
         seconds,
         peak_host_bytes: held + state + need.activations(kept_layers),
+        peak_device_bytes: None,
+        device_total_bytes: None,
         checkpoint_bytes: saved + best + Moments::size_bytes(spec.training.optimizer, &layout),
         adapter_bytes: saved,
     })

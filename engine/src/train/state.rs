@@ -65,7 +65,13 @@ pub(super) fn compute(wanted: ComputeType, device: Device) -> Result<Compute> {
 }
 
 impl State {
-    pub(super) fn new(spec: &TrainSpec, model: &Llama, dataset: &Dataset, mut start: Start<'_>, run: &str) -> Result<Self> {
+    pub(super) fn new(
+        spec: &TrainSpec,
+        model: &Llama,
+        dataset: &Dataset,
+        mut start: Start<'_>,
+        run: &str,
+    ) -> Result<Self> {
         let layout = LoraLayout::new(&spec.lora, &model.config().shape);
         if let Some(checkpoint) = start.resume.take() {
             if checkpoint.header.run != run || !checkpoint.fits(&layout) {

@@ -7,16 +7,17 @@ use crate::Result;
 /// y += x.
 pub(crate) fn add(gpu: &Gpu, y: Mat<'_>, x: Mat<'_>) -> Result<()> {
     assert_alike("add", &[y, x]);
-    let launch = launch(gpu, of_type(y.dtype, "add_bf16", "add_f32"), y.shape())?.mat(y).mat(x).int(y.rows).int(y.columns);
+    let launch =
+        launch(gpu, of_type(y.dtype, "add_bf16", "add_f32"), y.shape())?.mat(y).mat(x).int(y.rows).int(y.columns);
     // SAFETY: both have that shape and type.
     unsafe { launch.run() }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Dtype;
     use super::super::flat::SHAPES;
     use super::super::testing::{Held, assert_near, gpu, random, rounded, tolerance};
-    use super::super::Dtype;
 
     #[test]
     fn adding_is_that_of_the_cpu() {

@@ -7,9 +7,9 @@
 
 use std::rc::Rc;
 
-use super::sizes::{Group, GroupSizes, Sizes, aligned};
 use super::attention::{Attention, Heads};
 use super::cross_entropy::{Labels, Losses};
+use super::sizes::{Group, GroupSizes, Sizes, aligned};
 use super::{Buffer, Dtype, Gpu, Mat, Slab, lora, rope};
 use crate::data::{MicroBatch, NO_LABEL};
 use crate::model::Config;
@@ -135,7 +135,22 @@ impl Plan {
         let mut of_head = cursor;
         let head = HeadPlaces::new(sizes, need, &mut of_head);
         let bytes = of_blocks.0.max(of_head.0);
-        Self { inputs, slots, recomputed, norm, dn, dresidual, final_rstd, weight, h, delta, dropped, partials, head, bytes }
+        Self {
+            inputs,
+            slots,
+            recomputed,
+            norm,
+            dn,
+            dresidual,
+            final_rstd,
+            weight,
+            h,
+            delta,
+            dropped,
+            partials,
+            head,
+            bytes,
+        }
     }
 
     fn slot(sizes: &Sizes, Need { tokens, dtype, .. }: Need, cursor: &mut Cursor) -> SlotPlaces {
@@ -195,8 +210,7 @@ impl Buffers {
         let [values, row, rope_table] = Self::pieces(sizes, need);
         let mut slab = Slab::new(gpu, [values, row, row, row, row, rope_table])?;
         let shape = &sizes.shape;
-        let heads =
-            Heads { heads: shape.heads, kv_heads: shape.kv_heads, head_dim: shape.head_dim, dtype: need.dtype };
+        let heads = Heads { heads: shape.heads, kv_heads: shape.kv_heads, head_dim: shape.head_dim, dtype: need.dtype };
         Ok(Self {
             values: slab.take(values),
             token_ids: slab.take(row),
@@ -214,7 +228,9 @@ impl Buffers {
     /// Bytes that [`Buffers::new`] takes.
     pub(crate) fn bytes(sizes: &Sizes, need: Need) -> usize {
         let [values, row, rope_table] = Self::pieces(sizes, need);
-        [values, 4 * row, rope_table, Attention::bytes(need.tokens), 8 * Head::rows_at_once(sizes.shape.vocabulary)].iter().sum()
+        [values, 4 * row, rope_table, Attention::bytes(need.tokens), 8 * Head::rows_at_once(sizes.shape.vocabulary)]
+            .iter()
+            .sum()
     }
 
     /// Bytes of the activations, of a number for each token, of the angles.
@@ -234,10 +250,19 @@ impl Buffers {
     ///
     /// # Errors
     /// A token that the model does not have, or more of them than there is room for.
-    pub(crate) fn load(&mut self, gpu: &Gpu, config: &Config, frequencies: &Buffer, batch: &MicroBatch) -> Result<Batch> {
+    pub(crate) fn load(
+        &mut self,
+        gpu: &Gpu,
+        config: &Config,
+        frequencies: &Buffer,
+        batch: &MicroBatch,
+    ) -> Result<Batch> {
         let tokens = batch.tokens.len();
         if tokens > self.need.tokens {
-            return Err(Error::Model(format!("a micro-batch of {tokens} tokens, there is room for {}", self.need.tokens)));
+            return Err(Error::Model(format!(
+                "a micro-batch of {tokens} tokens, there is room for {}",
+                self.need.tokens
+            )));
         }
         let vocabulary = config.shape.vocabulary;
         if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= vocabulary) {

@@ -64,14 +64,23 @@ impl Losses {
         labels: Labels<'_>,
         scale: f32,
     ) -> Result<()> {
-        assert!(dlogits.shape() == logits.shape() && logits.dtype == Dtype::F32, "cross_entropy: {dlogits:?} of {logits:?}");
+        assert!(
+            dlogits.shape() == logits.shape() && logits.dtype == Dtype::F32,
+            "cross_entropy: {dlogits:?} of {logits:?}"
+        );
         let name = of_type(dlogits.dtype, "cross_entropy_forward_backward_bf16", "cross_entropy_forward_backward_f32");
         let launch = self.launch(gpu, name, logits)?.shared(self.shared_bytes).mat(dlogits).mat(logits);
         self.run(gpu, launch, logits, labels, Some(scale))
     }
 
     /// The losses of logits (n, V), which become their gradient.
-    pub(crate) fn forward_backward_in_place(&self, gpu: &Gpu, logits: Mat<'_>, labels: Labels<'_>, scale: f32) -> Result<()> {
+    pub(crate) fn forward_backward_in_place(
+        &self,
+        gpu: &Gpu,
+        logits: Mat<'_>,
+        labels: Labels<'_>,
+        scale: f32,
+    ) -> Result<()> {
         if logits.dtype == Dtype::F32 {
             return self.forward_backward(gpu, logits, logits, labels, scale);
         }
@@ -92,7 +101,14 @@ impl Losses {
     }
 
     /// Runs a launch, and adds its rows to the totals.
-    fn run(&self, gpu: &Gpu, launch: Launch<'_>, logits: Mat<'_>, labels: Labels<'_>, scale: Option<f32>) -> Result<()> {
+    fn run(
+        &self,
+        gpu: &Gpu,
+        launch: Launch<'_>,
+        logits: Mat<'_>,
+        labels: Labels<'_>,
+        scale: Option<f32>,
+    ) -> Result<()> {
         let (rows, vocabulary) = logits.shape();
         if rows == 0 {
             return Ok(());
@@ -117,7 +133,12 @@ pub(crate) struct Labels<'a> {
 
 impl Labels<'_> {
     fn address(&self, count: usize) -> u64 {
-        assert!(4 * (self.first + count) <= self.buffer.bytes(), "{count} numbers from {} on in {:?}", self.first, self.buffer);
+        assert!(
+            4 * (self.first + count) <= self.buffer.bytes(),
+            "{count} numbers from {} on in {:?}",
+            self.first,
+            self.buffer
+        );
         self.buffer.at(4 * self.first)
     }
 }
@@ -148,7 +169,9 @@ mod tests {
     #[test]
     fn losses_and_gradients_are_those_of_the_cpu() {
         let Some(gpu) = gpu() else { return };
-        for (rows, vocabulary, stride) in [(0, 8, 8), (1, 1, 1), (4, 7, 7), (5, 1001, 1004), (3, 49_152, 49_160), (2, 128_256, 128_256)] {
+        for (rows, vocabulary, stride) in
+            [(0, 8, 8), (1, 1, 1), (4, 7, 7), (5, 1001, 1004), (3, 49_152, 49_160), (2, 128_256, 128_256)]
+        {
             let labels: Vec<i32> =
                 (0..rows as i32).map(|row| if row == 1 { IGNORE } else { row * 97_003 % vocabulary as i32 }).collect();
             let on_gpu = Buffer::of(&gpu, &[&[IGNORE][..], &labels].concat()).unwrap();
@@ -169,7 +192,10 @@ mod tests {
                     let loss = losses.read(total.tokens).unwrap();
                     losses.clear().unwrap();
                     assert_eq!((loss.tokens, loss.correct), (total.tokens, total.correct), "{what}");
-                    assert!((loss.sum - total.sum).abs() <= 1e-5 * total.sum.abs().max(1e-1), "{what}: {loss:?} not {total:?}");
+                    assert!(
+                        (loss.sum - total.sum).abs() <= 1e-5 * total.sum.abs().max(1e-1),
+                        "{what}: {loss:?} not {total:?}"
+                    );
                     if let Some(gradient) = gradient {
                         assert_near(what, &gradient.values(), &expected, tolerance(gradient.mat().dtype));
                     }

@@ -42,7 +42,8 @@ mod tests {
                 dropout::apply(&x, &mut expected, 0, shape.1, &places);
                 let sum: Vec<f32> = expected.iter().zip(&before).map(|(a, b)| a + b).collect();
                 let x = Held::of(&gpu, &x, shape, stride, dtype);
-                let (y, added) = (Held::poisoned(&gpu, shape, shape.1, dtype), Held::of(&gpu, &before, shape, stride, dtype));
+                let (y, added) =
+                    (Held::poisoned(&gpu, shape, shape.1, dtype), Held::of(&gpu, &before, shape, stride, dtype));
                 apply(&gpu, y.mat(), x.mat(), &places).unwrap();
                 assert_eq!(y.values(), rounded(&expected, dtype));
                 apply_add(&gpu, added.mat(), x.mat(), &places).unwrap();

@@ -100,7 +100,9 @@ impl Gemm {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
         // SAFETY: looks for the library alone.
         if !unsafe { sys::is_culib_present() } {
-            return Err(Error::Device("CUDA's library libcublasLt.so is not there: is LD_LIBRARY_PATH set?".to_owned()));
+            return Err(Error::Device(
+                "CUDA's library libcublasLt.so is not there: is LD_LIBRARY_PATH set?".to_owned(),
+            ));
         }
         let handle = result::create_handle().map_err(refused)?;
         // SAFETY: the context is current; the memory is freed in `drop`.
@@ -190,7 +192,8 @@ impl Gemm {
             ];
             for (attribute, is) in transposed {
                 let value = i32::from(is);
-                result::set_matmul_desc_attribute(description, attribute, (&raw const value).cast(), 4).map_err(refused)?;
+                result::set_matmul_desc_attribute(description, attribute, (&raw const value).cast(), 4)
+                    .map_err(refused)?;
             }
             let bytes = WORKSPACE_BYTES;
             let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
@@ -253,7 +256,11 @@ mod tests {
     use super::super::testing::{Held, assert_near, gpu, random, rounded, tolerance};
     use super::*;
 
-    fn naive(a: &dyn Fn(usize, usize) -> f32, b: &dyn Fn(usize, usize) -> f32, (m, n, k): (usize, usize, usize)) -> Vec<f32> {
+    fn naive(
+        a: &dyn Fn(usize, usize) -> f32,
+        b: &dyn Fn(usize, usize) -> f32,
+        (m, n, k): (usize, usize, usize),
+    ) -> Vec<f32> {
         let element = |i, j| (0..k).map(|l| f64::from(a(i, l)) * f64::from(b(l, j))).sum::<f64>() as f32;
         (0..m * n).map(|at| element(at / n, at % n)).collect()
     }
@@ -282,7 +289,12 @@ mod tests {
                     assert_near("product", &out.values(), &expected, tolerance(out_dtype));
                 }
                 let (out, added) = (Held::poisoned(&gpu, (m, n), n + 16, dtype), held(&c, m, n));
-                gpu.gemm("gemm", out.mat(), Product::nn(straight_a.mat(), straight_b.mat()).times(0.5).plus(added.mat())).unwrap();
+                gpu.gemm(
+                    "gemm",
+                    out.mat(),
+                    Product::nn(straight_a.mat(), straight_b.mat()).times(0.5).plus(added.mat()),
+                )
+                .unwrap();
                 let sum: Vec<f32> = expected.iter().zip(&c).map(|(x, c)| 0.5 * x + c).collect();
                 assert_near("product and addend", &out.values(), &sum, tolerance(dtype));
                 if m % 8 == 0 {

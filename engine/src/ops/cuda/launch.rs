@@ -167,8 +167,10 @@ impl<'a> Launch<'a> {
         if self.shared_bytes > SHARED_BYTES && self.kernel.shared_bytes.get() < self.shared_bytes {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function belongs to a loaded module.
-            unsafe { result::function::set_function_attribute(self.kernel.function, attribute, self.shared_bytes as i32) }
-                .map_err(failed("giving a kernel shared memory"))?;
+            unsafe {
+                result::function::set_function_attribute(self.kernel.function, attribute, self.shared_bytes as i32)
+            }
+            .map_err(failed("giving a kernel shared memory"))?;
             self.kernel.shared_bytes.set(self.shared_bytes);
         }
         Ok(())

@@ -1,9 +1,9 @@
 //! LoRA's own products on a GPU.
 
+use super::flat::of_type;
 use super::gemm::Product;
 use super::launch::Argument;
 use super::sizes::Sizes;
-use super::flat::of_type;
 use super::{Gpu, Mat};
 use crate::Result;
 
@@ -38,7 +38,14 @@ pub(crate) fn partial_values(_sizes: &Sizes, _tokens: usize) -> usize {
 }
 
 /// Writes A's rows and s·B's columns into W'.
-pub(crate) fn fill(gpu: &Gpu, out: Mat<'_>, pairs: &[Pair], inputs: usize, (rank, padded_rank): (usize, usize), scale: f32) -> Result<()> {
+pub(crate) fn fill(
+    gpu: &Gpu,
+    out: Mat<'_>,
+    pairs: &[Pair],
+    inputs: usize,
+    (rank, padded_rank): (usize, usize),
+    scale: f32,
+) -> Result<()> {
     let mut group = Group { count: pairs.len() as i32, ..Group::default() };
     for (place, pair) in pairs.iter().enumerate() {
         group.lora_a[place] = pair.a;

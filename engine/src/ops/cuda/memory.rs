@@ -188,7 +188,8 @@ impl Buffer {
         assert!(offset + size_of_val(values) <= self.bytes, "a write beyond the buffer's end");
         let stream = self.stream();
         // SAFETY: the range was checked. Pageable memory is staged before the call returns.
-        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, values, stream) }.map_err(failed("copying to the GPU"))
+        unsafe { result::memcpy_htod_async(self.pointer + offset as u64, values, stream) }
+            .map_err(failed("copying to the GPU"))
     }
 
     /// Copies values from that byte on, after all that was queued.
@@ -202,7 +203,8 @@ impl Buffer {
         assert!(offset + size_of_val(values) <= self.bytes, "a read beyond the buffer's end");
         let stream = self.stream();
         // SAFETY: the range was checked, and the copy has ended before `values` is given back.
-        unsafe { result::memcpy_dtoh_async(values, self.pointer + offset as u64, stream) }.map_err(failed("copying from the GPU"))?;
+        unsafe { result::memcpy_dtoh_async(values, self.pointer + offset as u64, stream) }
+            .map_err(failed("copying from the GPU"))?;
         self.memory.gpu.synchronize()
     }
 
@@ -213,7 +215,11 @@ impl Buffer {
     pub(crate) fn mat(&self, offset: usize, (rows, columns): (usize, usize), stride: usize, dtype: Dtype) -> Mat<'_> {
         assert!(columns <= stride || rows <= 1, "rows of {columns} values every {stride}");
         let span = if rows == 0 || columns == 0 { 0 } else { (rows - 1) * stride + columns };
-        assert!(offset + span * dtype.bytes() <= self.bytes, "a matrix of {rows} × {columns} beyond a buffer of {}", self.bytes);
+        assert!(
+            offset + span * dtype.bytes() <= self.bytes,
+            "a matrix of {rows} × {columns} beyond a buffer of {}",
+            self.bytes
+        );
         Mat { pointer: self.pointer + offset as u64, rows, columns, stride, dtype, buffer: PhantomData }
     }
 
@@ -272,7 +278,9 @@ impl Mat<'_> {
             return Ok(());
         }
         // SAFETY: the matrix lies in a buffer, and `mat` checked its rows.
-        let result = unsafe { sys::cuMemsetD2D8Async(self.pointer, self.stride * size, 0, self.columns * size, self.rows, stream) };
+        let result = unsafe {
+            sys::cuMemsetD2D8Async(self.pointer, self.stride * size, 0, self.columns * size, self.rows, stream)
+        };
         result.result().map_err(failed("clearing a matrix"))
     }
 }

@@ -188,7 +188,10 @@ impl Gpu {
         // SAFETY: the modules are loaded for as long as `self` lives.
         let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
         let Some(function) = self.modules.iter().find_map(find) else {
-            return Err(Error::Device(format!("this build has no kernel `{name}` for compute capability {:?}", self.capability)));
+            return Err(Error::Device(format!(
+                "this build has no kernel `{name}` for compute capability {:?}",
+                self.capability
+            )));
         };
         let kernel = Rc::new(Kernel { function, shared_bytes: Cell::new(0) });
         self.kernels.borrow_mut().insert(name, Rc::clone(&kernel));

@@ -11,7 +11,8 @@ pub(crate) fn table(gpu: &Gpu, cos_sin: Mat<'_>, positions: &Buffer, frequencies
     let (rows, pairs) = (cos_sin.rows, cos_sin.columns / 2);
     check_table(cos_sin, rows, cos_sin.columns);
     assert!(positions.bytes() >= 4 * rows && frequencies.bytes() >= 8 * pairs, "rope: a table of {rows} × {pairs}");
-    let launch = launch_values(gpu, "rope_table", rows * pairs)?.pointer(cos_sin).long(positions.at(0)).long(frequencies.at(0));
+    let launch =
+        launch_values(gpu, "rope_table", rows * pairs)?.pointer(cos_sin).long(positions.at(0)).long(frequencies.at(0));
     // SAFETY: the sizes were checked.
     unsafe { launch.int(rows).int(pairs).run() }
 }
@@ -31,7 +32,8 @@ fn turn(gpu: &Gpu, x: Mat<'_>, cos_sin: Mat<'_>, head_dim: usize, layout: RopeLa
     assert!(x.columns.is_multiple_of(head_dim), "rope: {x:?} in heads of {head_dim}");
     let name = of_type(x.dtype, "rope_bf16", "rope_f32");
     // A thread has two groups; of a head that these do not fill it has several pairs.
-    let launch = launch_values(gpu, name, (x.rows * x.columns).div_ceil(2 * GROUP))?.mat(x).pointer(cos_sin).int(x.rows);
+    let launch =
+        launch_values(gpu, name, (x.rows * x.columns).div_ceil(2 * GROUP))?.mat(x).pointer(cos_sin).int(x.rows);
     let interleaved = usize::from(layout == RopeLayout::Interleaved);
     // SAFETY: the sizes were checked.
     unsafe { launch.int(x.columns / head_dim).int(head_dim).int(interleaved).float(direction).run() }

@@ -13,10 +13,10 @@ use super::gemm::Product;
 use super::sizes::{Group, Sizes};
 use super::weights::{DeviceModel, fill_lora, outputs_of};
 use super::{Buffer, Dtype, Gpu, Mat, dequantize, dropout, lora, rms_norm, rope, swiglu};
+use crate::Result;
 use crate::adapter::LoraLayout;
 use crate::ops::dropout::Dropout;
 use crate::spec::Target;
-use crate::Result;
 
 /// Everything that a pass over a micro-batch reads.
 pub(crate) struct Pass<'a> {
@@ -87,7 +87,13 @@ impl Pass<'_> {
     }
 
     /// W' of a group, in the buffer that all share or resident.
-    fn weight<'a>(&'a self, parts: &Parts<'a>, layer: usize, group: Group, resident: &'a [Option<Buffer>; 4]) -> Result<Mat<'a>> {
+    fn weight<'a>(
+        &'a self,
+        parts: &Parts<'a>,
+        layer: usize,
+        group: Group,
+        resident: &'a [Option<Buffer>; 4],
+    ) -> Result<Mat<'a>> {
         let sizes = self.sizes.group(group);
         let place = |buffer: &'a Buffer| buffer.mat(0, (sizes.rows(), sizes.stride), sizes.stride, self.dtype);
         match &resident[group as usize] {
@@ -108,7 +114,15 @@ impl Pass<'_> {
     }
 
     /// u = A x into x's extension, and into `kept`.
-    fn extend(&self, parts: &Parts<'_>, layer: usize, group: Group, x: Mat<'_>, weight: Mat<'_>, kept: Option<Mat<'_>>) -> Result<()> {
+    fn extend(
+        &self,
+        parts: &Parts<'_>,
+        layer: usize,
+        group: Group,
+        x: Mat<'_>,
+        weight: Mat<'_>,
+        kept: Option<Mat<'_>>,
+    ) -> Result<()> {
         let sizes = self.sizes.group(group);
         if sizes.extension == 0 {
             return Ok(());
@@ -141,7 +155,14 @@ impl Pass<'_> {
         let resident = block.resident.borrow();
         let (x, n) = (parts.x(layer), parts.norm());
 
-        rms_norm::forward(gpu, n.columns(0, shape.hidden), slot.rstd_1, x, vector(&block.input_layernorm), self.rms_eps())?;
+        rms_norm::forward(
+            gpu,
+            n.columns(0, shape.hidden),
+            slot.rstd_1,
+            x,
+            vector(&block.input_layernorm),
+            self.rms_eps(),
+        )?;
         let weight = self.weight(parts, layer, Group::Qkv, &resident)?;
         self.extend(parts, layer, Group::Qkv, n, weight, slot.u_qkv)?;
         self.project("gemm qkv", Group::Qkv, slot.qkv, n, weight, None)?;
@@ -153,7 +174,14 @@ impl Pass<'_> {
         let weight = self.weight(parts, layer, Group::O, &resident)?;
         self.extend(parts, layer, Group::O, slot.o, weight, None)?;
         self.project("gemm o", Group::O, slot.m, slot.o, weight, Some(x))?;
-        rms_norm::forward(gpu, n.columns(0, shape.hidden), slot.rstd_2, slot.m, vector(&block.post_attention_layernorm), self.rms_eps())?;
+        rms_norm::forward(
+            gpu,
+            n.columns(0, shape.hidden),
+            slot.rstd_2,
+            slot.m,
+            vector(&block.post_attention_layernorm),
+            self.rms_eps(),
+        )?;
         let weight = self.weight(parts, layer, Group::GateUp, &resident)?;
         self.extend(parts, layer, Group::GateUp, n, weight, slot.u_gate_up)?;
         let gate_up = slot.gate_up.columns(0, 2 * shape.intermediate);
@@ -174,7 +202,15 @@ impl Pass<'_> {
     }
 
     /// y = [x | u] W'ᵀ, and what is added.
-    fn project(&self, label: &'static str, group: Group, y: Mat<'_>, x: Mat<'_>, weight: Mat<'_>, add: Option<Mat<'_>>) -> Result<()> {
+    fn project(
+        &self,
+        label: &'static str,
+        group: Group,
+        y: Mat<'_>,
+        x: Mat<'_>,
+        weight: Mat<'_>,
+        add: Option<Mat<'_>>,
+    ) -> Result<()> {
         let sizes = self.sizes.group(group);
         let depth = sizes.inputs + sizes.extension;
         let product = Product::nt(x.columns(0, depth), weight.rows(0, sizes.outputs).columns(0, depth));
@@ -195,12 +231,20 @@ impl Pass<'_> {
 
     /// Turns the residual stream's gradient after the block into the one before it, in place, and adds the LoRA's gradients.
     /// In the lowest block it stops at the lowest LoRA. With `fill_down`, W' of down_proj is not in its buffer yet.
-    fn block_backward(&self, parts: &Parts<'_>, layer: usize, slot: &Saved<'_>, gradient: &Buffer, fill_down: bool) -> Result<()> {
+    fn block_backward(
+        &self,
+        parts: &Parts<'_>,
+        layer: usize,
+        slot: &Saved<'_>,
+        gradient: &Buffer,
+        fill_down: bool,
+    ) -> Result<()> {
         let (gpu, shape, block) = (self.gpu, &self.sizes.shape, &self.model.blocks[layer]);
         let resident = block.resident.borrow();
         let queries = self.sizes.queries();
         let lowest = layer == 0;
-        let needs_below = |below: &[Target]| !lowest || below.iter().any(|&target| self.layout.offsets(layer, target).is_some());
+        let needs_below =
+            |below: &[Target]| !lowest || below.iter().any(|&target| self.layout.offsets(layer, target).is_some());
         let has_lora = self.sizes.group(Group::Down).extension > 0;
         let back = Backward { pass: self, parts, layer, gradient };
         let (dresidual, h, n) = (parts.dresidual(), parts.h(), parts.norm());
@@ -231,7 +275,12 @@ impl Pass<'_> {
         let (n2, dn) = (n.columns(0, shape.hidden), parts.dn());
         if below {
             back.input("gemm gate_up back", Group::GateUp, dn, slot.gate_up, weight)?;
-            let from = rms_norm::Backward { dy: dn, x: slot.m, weight: vector(&block.post_attention_layernorm), rstd: slot.rstd_2 };
+            let from = rms_norm::Backward {
+                dy: dn,
+                x: slot.m,
+                weight: vector(&block.post_attention_layernorm),
+                rstd: slot.rstd_2,
+            };
             rms_norm::backward_add(gpu, dstream, Some(n2), from)?;
         } else {
             rms_norm::recompute(gpu, n2, slot.m, vector(&block.post_attention_layernorm), slot.rstd_2)?;
@@ -343,7 +392,14 @@ impl Backward<'_, '_> {
             if let Some((_, offset_b)) = self.pass.layout.offsets(self.layer, target) {
                 let db = self.gradient.mat(4 * offset_b, (rows, rank), rank, Dtype::F32);
                 let u = u.columns(place * self.pass.sizes.padded_rank, rank);
-                lora::db(gpu, self.parts.partials(), db, dy.columns(first, rows), u, self.pass.layout.spec().scale() as f32)?;
+                lora::db(
+                    gpu,
+                    self.parts.partials(),
+                    db,
+                    dy.columns(first, rows),
+                    u,
+                    self.pass.layout.spec().scale() as f32,
+                )?;
             }
         }
         Ok(())
@@ -362,7 +418,10 @@ impl Backward<'_, '_> {
         for (place, target, ..) in outputs_of(group, pass.sizes) {
             if let Some(dropout) = pass.dropout_of(self.layer, target) {
                 let rank = pass.sizes.padded_rank;
-                let (du, a) = (dy.columns(sizes.outputs + place * rank, rank), weight_of_x.rows(sizes.outputs + place * rank, rank));
+                let (du, a) = (
+                    dy.columns(sizes.outputs + place * rank, rank),
+                    weight_of_x.rows(sizes.outputs + place * rank, rank),
+                );
                 let through = self.parts.dropped(dx.columns);
                 pass.gpu.gemm("gemm lora dropout", through, Product::nn(du, a))?;
                 dropout::apply_add(pass.gpu, dx, through, &dropout)?;

@@ -123,7 +123,11 @@ fn a_steps_loss_and_gradient_are_the_cpus() {
                 let mut trainer = trainer(&model, &lora, &setup);
                 let (sum, _, gradient) = on_gpu(&mut trainer, &batch, micro_step(compute, None));
                 let name = format!("heads of {}, rows {lengths:?}, {compute:?}", tiny.hidden / tiny.heads);
-                assert!((sum - loss.sum).abs() <= tolerance * loss.sum.abs().max(1e-3), "{name}: loss {sum}, not {}", loss.sum);
+                assert!(
+                    (sum - loss.sum).abs() <= tolerance * loss.sum.abs().max(1e-3),
+                    "{name}: loss {sum}, not {}",
+                    loss.sum
+                );
                 assert_near(&name, &gradient, &expected, tolerance);
                 trainer.evaluate(&batch).unwrap();
                 assert_eq!(trainer.take_loss().unwrap().sum.to_bits(), sum.to_bits(), "{name}: evaluation");
@@ -137,7 +141,9 @@ fn some_projections_and_dropout_are_the_cpus() {
     let Some(_) = gpu() else { return };
     let model = model(&shapes()[2]);
     let batch = batch(&model, &[30, 11]);
-    for targets in [&[Target::QProj, Target::VProj][..], &[Target::DownProj], &[Target::UpProj], &[Target::OProj], &Target::ALL] {
+    for targets in
+        [&[Target::QProj, Target::VProj][..], &[Target::DownProj], &[Target::UpProj], &[Target::OProj], &Target::ALL]
+    {
         for dropout in [None, Dropout::new(0.3, &[1, 2])] {
             let lora = lora(&model, 8, targets);
             let expected = LoraParams::zeros(Arc::clone(lora.layout())).unwrap();
@@ -190,7 +196,8 @@ fn steps_of_the_optimizer_follow_the_cpus() {
         let (gradient, values) = (LoraParams::zeros(Arc::clone(layout)).unwrap(), start.flat().copy().unwrap());
         let cpu = LoraParams::new(Arc::clone(layout), values).unwrap();
         let mut eight_bit = crate::ops::adamw_8bit::Moments::zeros(&layout.tensors());
-        let moments = candle_core::Tensor::zeros((2, layout.len()), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+        let moments =
+            candle_core::Tensor::zeros((2, layout.len()), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
         for step in 1..=5 {
             gradient.clear().unwrap();
             let loss = model.forward_backward(&batch, &cpu, &gradient, micro_step(Compute::F32, None)).unwrap();
@@ -198,13 +205,19 @@ fn steps_of_the_optimizer_follow_the_cpus() {
             let (sum, ..) = on_gpu(&mut trainer, &batch, micro_step(Compute::F32, None));
             let gpu_norm = trainer.gradient_norm().unwrap();
             assert!((gpu_norm - norm).abs() <= 1e-3 * norm && (sum - loss.sum).abs() <= 1e-3 * loss.sum, "step {step}");
-            let update = |norm| Update { step, learning_rate: 1e-3, weight_decay: 0.01, clip_factor: adamw::clip_factor(norm, 1.0) };
+            let update = |norm| Update {
+                step,
+                learning_rate: 1e-3,
+                weight_decay: 0.01,
+                clip_factor: adamw::clip_factor(norm, 1.0),
+            };
             trainer.step(update(gpu_norm)).unwrap();
             match optimizer {
                 Optimizer::AdamW => adamw::step(cpu.flat(), &moments, gradient.flat(), update(norm)).unwrap(),
                 Optimizer::AdamW8bit => {
                     let tensors = layout.tensors();
-                    crate::ops::adamw_8bit::step(cpu.flat(), &tensors, &mut eight_bit, gradient.flat(), update(norm)).unwrap();
+                    crate::ops::adamw_8bit::step(cpu.flat(), &tensors, &mut eight_bit, gradient.flat(), update(norm))
+                        .unwrap();
                 }
             }
         }

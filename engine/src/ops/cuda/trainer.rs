@@ -216,7 +216,8 @@ impl Trainer {
     /// Keeps W' of as many groups as there is room for, those of the last layers first. Changes no bit of a result.
     fn keep_dequantized(&mut self, memory_bytes: Option<u64>) -> Result<()> {
         let free = self.gpu.memory()?.0.saturating_sub(SPARE_BYTES);
-        let allowed = memory_bytes.map_or(usize::MAX, |bytes| (bytes as usize).saturating_sub(self.gpu.allocated_bytes()));
+        let allowed =
+            memory_bytes.map_or(usize::MAX, |bytes| (bytes as usize).saturating_sub(self.gpu.allocated_bytes()));
         let mut left = free.min(allowed);
         let layer_bytes: usize =
             Group::ALL.iter().map(|&group| self.sizes.group(group).values() * self.dtype.bytes()).sum();
@@ -333,7 +334,12 @@ impl Trainer {
         self.gradient.fill_zero()
     }
 
-    fn pass(&mut self, batch: &MicroBatch, dropout: Option<Dropout>, run: impl FnOnce(&Pass<'_>, &Buffer) -> Result<()>) -> Result<()> {
+    fn pass(
+        &mut self,
+        batch: &MicroBatch,
+        dropout: Option<Dropout>,
+        run: impl FnOnce(&Pass<'_>, &Buffer) -> Result<()>,
+    ) -> Result<()> {
         if self.stale {
             let lora = (&*self.layout, &self.parameters);
             refresh_resident(&self.gpu, &self.model, &self.sizes, lora, self.dtype)?;

@@ -172,7 +172,8 @@ pub(crate) fn unsupported(dtype: BlockType) -> Error {
 /// Bytes of each buffer of a model.
 fn pieces(model: &Llama) -> Vec<usize> {
     let (parts, config) = (model.parts(), model.config());
-    let weights = parts.blocks.iter().flat_map(|block| block.projections).chain([parts.embed_tokens]).chain(parts.lm_head);
+    let weights =
+        parts.blocks.iter().flat_map(|block| block.projections).chain([parts.embed_tokens]).chain(parts.lm_head);
     let norms = std::iter::repeat_n(4 * config.shape.hidden, 2 * parts.blocks.len() + 1);
     weights.map(Weight::stored_bytes).chain(norms).chain([8 * config.rope_frequencies.len()]).collect()
 }
