@@ -50,19 +50,25 @@ __device__ __forceinline__ void load4(const float* from, float (&x)[4]) {
     x[0] = values.x, x[1] = values.y, x[2] = values.z, x[3] = values.w;
 }
 
-// A table of codes in shared memory, and for every bucket of floats (sign, exponent, six bits of mantissa) the code at its lower
-// end: from there the code of a value is at most a few steps up.
-template <bool SIGNED>
+// A table of codes in shared memory, and for every bucket of floats (sign, exponent, seven bits of mantissa) how many middles are
+// below it. A bucket is narrower than the way from one middle to the next, so that it has one at most.
 struct Table {
     // Bits of a float below its bucket's.
-    static constexpr int SHIFT = 17;
+    static constexpr int SHIFT = 16;
     // Magnitudes below 2^-23 share the lowest bucket (the least middle is above 2^-23), those from 1 on the highest.
     static constexpr int LOWEST = (127 - 23) << (23 - SHIFT), HIGHEST = 127 << (23 - SHIFT);
     static constexpr int BUCKETS = HIGHEST - LOWEST + 1;
 
     float values[256];
     float middles[256];
-    uint8_t first[SIGNED ? 2 * BUCKETS : BUCKETS];
+    // From the lowest value's bucket up.
+    uint8_t below[2 * BUCKETS];
+
+    static __device__ __forceinline__ int bucket_of(float x) {
+        const int bits = __float_as_int(x);
+        const int magnitude = min(max((bits & 0x7fffffff) >> SHIFT, LOWEST), HIGHEST) - LOWEST;
+        return BUCKETS + (magnitude ^ bits >> 31);
+    }
 
     // By all threads of the block; a barrier must follow.
     __device__ void fill(const float* __restrict__ values_, const float* __restrict__ middles_) {
@@ -70,39 +76,18 @@ struct Table {
             values[i] = values_[i];
             // Nothing is above the last.
             middles[i] = i < 255 ? middles_[i] : INFINITY;
-        }
-        for (int i = int(threadIdx.x); i < int(sizeof(first)); i += int(blockDim.x)) {
-            const int bucket = i % BUCKETS;
-            const bool negative = i >= BUCKETS;
-            // The least value of the bucket.
-            const float near = bucket == 0 ? 0.0f : __uint_as_float(uint32_t(bucket + LOWEST) << SHIFT);
-            const float far = bucket == BUCKETS - 1 ? INFINITY : __uint_as_float(uint32_t(bucket + 1 + LOWEST) << SHIFT);
-            const float least = negative ? -far : near;
-            int low = 0, high = 255;
-            while (low < high) {
-                const int middle = (low + high) / 2;
-                if (middles_[middle] < least) {
-                    low = middle + 1;
-                } else {
-                    high = middle;
-                }
+            const int first = i > 0 ? bucket_of(middles_[i - 1]) + 1 : 0;
+            const int last = i < 255 ? bucket_of(middles_[i]) : 2 * BUCKETS - 1;
+            for (int bucket = first; bucket <= last; bucket++) {
+                below[bucket] = uint8_t(i);
             }
-            first[i] = uint8_t(low);
         }
     }
 
     // How many middles are below x.
     __device__ __forceinline__ uint32_t encode(float x) const {
-        const uint32_t bits = __float_as_uint(x);
-        int bucket = min(max(int((bits & 0x7fffffffu) >> SHIFT), LOWEST), HIGHEST) - LOWEST;
-        if (SIGNED && bits >> 31 != 0) {
-            bucket += BUCKETS;
-        }
-        uint32_t code = first[bucket];
-        while (middles[code] < x) {
-            code++;
-        }
-        return x == x ? code : 0;
+        const uint32_t code = below[bucket_of(x)];
+        return x == x ? code + (middles[code] < x) : 0;
     }
 };
 
@@ -112,9 +97,7 @@ constexpr int HALVES = 2, QUARTER = 4;
 __device__ __forceinline__ int place_of(int lane, int half) { return half * (BLOCK / HALVES) + lane * QUARTER; }
 
 // Encodes what the lanes of a warp have and returns the factor.
-template <bool SIGNED>
-__device__ __forceinline__ float encode_block(const Table<SIGNED>& table, const float (&x)[HALVES][QUARTER],
-                                              uint32_t (&codes)[HALVES]) {
+__device__ __forceinline__ float encode_block(const Table& table, const float (&x)[HALVES][QUARTER], uint32_t (&codes)[HALVES]) {
     float factor = 0;
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
@@ -229,8 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     const ulonglong2* __restrict__ places, int blocks, const float* __restrict__ signed_values,
                     const float* __restrict__ signed_middles, const float* __restrict__ unsigned_values,
                     const float* __restrict__ unsigned_middles, float decay, float rate, float correction_2, float clip) {
-    __shared__ Table<true> signed_table;
-    __shared__ Table<false> unsigned_table;
+    __shared__ Table signed_table, unsigned_table;
     signed_table.fill(signed_values, signed_middles);
     unsigned_table.fill(unsigned_values, unsigned_middles);
     __syncthreads();

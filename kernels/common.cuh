@@ -119,6 +119,17 @@ __device__ __forceinline__ Eight<T> load(const T* from) {
     return group;
 }
 
+// The same for what is read once and soon leaves the caches to others.
+template <typename T>
+__device__ __forceinline__ Eight<T> load_once(const T* from) {
+    Eight<T> group;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 2); i++) {
+        group.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+    }
+    return group;
+}
+
 template <typename T>
 __device__ __forceinline__ void store(T* to, const Eight<T>& group) {
 #pragma unroll

@@ -99,13 +99,21 @@ __device__ __forceinline__ void recompute(T* y_, long long y_stride, const T* __
     const Row<T> y(y_, y_stride, width);
     const bool w_aligned = is_aligned(weight);
     const float scale_of_row = rstd[blockIdx.x];
-    for (int i = 0; column_of(i) < width; i++) {
-        const int column = column_of(i);
-        float values[GROUP], w[GROUP];
-        x.get(column, values);
-        load_part(weight + column, width - column, w_aligned, w);
-        scale(values, scale_of_row, w);
-        y.set(column, values);
+    for (int first = 0; column_of(first) < width; first += HELD) {
+        Eight<T> held[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            held[i] = x.get(column_of(first + i));
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            const int column = column_of(first + i);
+            float values[GROUP], w[GROUP];
+            unpack(held[i], values);
+            load_part(weight + column, width - column, w_aligned, w);
+            scale(values, scale_of_row, w);
+            y.set(column, values);
+        }
     }
 }
 

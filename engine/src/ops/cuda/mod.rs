@@ -5,9 +5,19 @@
 //! run time: where there is none, [`devices`] is empty and [`Gpu::new`] says why.
 #![expect(unsafe_code, reason = "the driver's interface is C: each call's pointers and sizes are checked before it")]
 
+pub(crate) mod adamw;
+pub(crate) mod adamw_8bit;
+pub(crate) mod add;
+pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
+pub(crate) mod embedding;
+mod flat;
 mod gemm;
 mod launch;
 mod memory;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;
 #[cfg(test)]
 mod testing;
 
