@@ -119,7 +119,15 @@ __device__ __forceinline__ Eight<T> load(const T* from) {
     return group;
 }
 
-// The same for what is read once and soon leaves the caches to others.
+template <typename T>
+__device__ __forceinline__ void store(T* to, const Eight<T>& group) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 2); i++) {
+        reinterpret_cast<uint4*>(to)[i] = group.words[i];
+    }
+}
+
+// The same for what is not needed again soon: the caches keep other things before it.
 template <typename T>
 __device__ __forceinline__ Eight<T> load_once(const T* from) {
     Eight<T> group;
@@ -131,10 +139,10 @@ __device__ __forceinline__ Eight<T> load_once(const T* from) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store(T* to, const Eight<T>& group) {
+__device__ __forceinline__ void store_once(T* to, const Eight<T>& group) {
 #pragma unroll
     for (int i = 0; i < int(sizeof(T) / 2); i++) {
-        reinterpret_cast<uint4*>(to)[i] = group.words[i];
+        __stcs(reinterpret_cast<uint4*>(to) + i, group.words[i]);
     }
 }
 

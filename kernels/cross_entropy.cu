@@ -115,7 +115,8 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
             Eight<L> read[FLIGHT];
 #pragma unroll
             for (int i = 0; i < FLIGHT; i++) {
-                read[i] = load(row + size_t(group + i * THREADS) * GROUP);
+                const L* from = row + size_t(group + i * THREADS) * GROUP;
+                read[i] = group + i * THREADS < kept.groups ? load_once(from) : load(from);
             }
 #pragma unroll
             for (int i = 0; i < FLIGHT; i++) {
@@ -170,7 +171,12 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
                 x[i] -= i == at ? scale : 0.0f;
             }
         }
-        store_part(d + column, vocabulary - column, d_aligned, x);
+        const int left = vocabulary - column;
+        if (d_aligned && left >= GROUP) {
+            store_once(d + column, pack<T>(x));
+        } else {
+            store_part(d + column, left, false, x);
+        }
     };
     if (!labelled) {
         for (group = thread; group < groups; group += THREADS) {
@@ -189,7 +195,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
         Eight<L> read[FLIGHT];
 #pragma unroll
         for (int i = 0; i < FLIGHT; i++) {
-            read[i] = load(row + size_t(group - i * THREADS) * GROUP);
+            read[i] = load_once(row + size_t(group - i * THREADS) * GROUP);
         }
 #pragma unroll
         for (int i = 0; i < FLIGHT; i++) {
@@ -197,7 +203,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
         }
     }
     for (; group >= kept.groups; group -= THREADS) {
-        write(group, load(row + size_t(group) * GROUP));
+        write(group, load_once(row + size_t(group) * GROUP));
     }
     for (; group >= 0; group -= THREADS) {
         write(group, kept.get(group));

@@ -190,19 +190,22 @@ __device__ __forceinline__ void backward(T* __restrict__ dresidual_, long long d
 // ---------------------------------------------------------------- kernels
 
 #define RMS_NORM(T, NAME)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_forward_##NAME(T* y, long long y_stride, float* rstd, const T* x, long long x_stride,   \
-                                                       const float* weight, int rows, int width, float eps) {                   \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                                  \
+        rms_norm_forward_##NAME(T* y, long long y_stride, float* rstd, const T* x, long long x_stride, const float* weight,     \
+                                int rows, int width, float eps) {                                                               \
         forward(y, y_stride, rstd, x, x_stride, weight, width, eps);                                                            \
     }                                                                                                                           \
     /* y again from the rstd that forward gave. */                                                                              \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_recompute_##NAME(T* y, long long y_stride, const T* x, long long x_stride,              \
-                                                         const float* weight, const float* rstd, int rows, int width) {         \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                                  \
+        rms_norm_recompute_##NAME(T* y, long long y_stride, const T* x, long long x_stride, const float* weight,                \
+                                  const float* rstd, int rows, int width) {                                                     \
         recompute(y, y_stride, x, x_stride, weight, rstd, width);                                                               \
     }                                                                                                                           \
     /* Adds dx to dresidual; writes y again where it is not null. */                                                            \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_backward_##NAME(T* dresidual, long long dresidual_stride, T* y, long long y_stride,     \
-                                                        const T* dy, long long dy_stride, const T* x, long long x_stride,       \
-                                                        const float* weight, const float* rstd, int rows, int width) {          \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                                  \
+        rms_norm_backward_##NAME(T* dresidual, long long dresidual_stride, T* y, long long y_stride, const T* dy,               \
+                                 long long dy_stride, const T* x, long long x_stride, const float* weight,                      \
+                                 const float* rstd, int rows, int width) {                                                      \
         backward(dresidual, dresidual_stride, y, y_stride, dy, dy_stride, x, x_stride, weight, rstd, width);                    \
     }
 
