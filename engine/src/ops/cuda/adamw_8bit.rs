@@ -14,7 +14,7 @@ const THREADS: usize = 256;
 /// A warp takes a block.
 const BLOCKS_OF_VALUES: usize = THREADS / 32;
 /// Thread blocks of a multiprocessor.
-const RESIDENT: u32 = 8;
+const RESIDENT: u32 = 4;
 /// Bytes of a table: 256 values and 255 middles.
 const TABLE_BYTES: usize = 4 * 512;
 

@@ -5,25 +5,20 @@
 //! run time: where there is none, [`devices`] is empty and [`Gpu::new`] says why.
 #![expect(unsafe_code, reason = "the driver's interface is C: each call's pointers and sizes are checked before it")]
 
-mod adamw;
-mod adamw_8bit;
-mod add;
-mod attention;
-mod buffers;
-mod cross_entropy;
-mod dequantize;
-mod dropout;
-mod embedding;
+pub(crate) mod adamw;
+pub(crate) mod adamw_8bit;
+pub(crate) mod add;
+pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
+pub(crate) mod embedding;
 mod flat;
 mod gemm;
 mod launch;
 mod lora;
 mod memory;
-mod rms_norm;
-mod rope;
-mod sizes;
-mod step;
-mod swiglu;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
+pub(crate) mod swiglu;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
