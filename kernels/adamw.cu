@@ -4,13 +4,14 @@
 // p = p * decay - rate * m / (sqrt(v) / correction_2 + epsilon), where the host computes decay = 1 - lr * weight_decay,
 // rate = lr / (1 - b1^t), correction_2 = sqrt(1 - b2^t) in f64. Each operation is rounded by itself, as on the CPU: the same bits.
 //
-// In 8 bits each block of 256 values of a tensor has one factor, its absolute maximum, and a code a value: value = table[code] * factor,
-// encoded to the nearest of the table, whose middles between two values each tell which.
+// In 8 bits each block of 256 values of a tensor has one factor, its absolute maximum, and a code a value:
+// value = table[code] * factor, encoded to the nearest of the table, whose middles between two values each tell which.
 // Shapes: parameters, gradient, m, v (n) in f32. In 8 bits `places` (blocks + 1) holds where each block begins: x among the
-// parameters, y among the codes; the last one is the end. Codes of m and v (values of the large tensors) in u8, factors (blocks) in f32.
-// Launch rules: adamw_step: ceil(n / 4 / 256) blocks of 256 threads. adamw_8bit_step: a warp takes a block of values, at most 8 blocks
-// of 256 threads a multiprocessor; any other grid is right as well. squared_norm: always 1024 blocks of 256 threads, so that the sum
-// is the same on every device; squared_norm_finish: one block of 1024. any_not_finite: as squared_norm.
+// parameters, y among the codes; of the last one, the end, only y is read. Codes of m and v (values of the large tensors) in u8,
+// factors (blocks) in f32.
+// Launch rules: adamw_step: ceil(n / 4 / 256) blocks of 256 threads. adamw_8bit_step: a warp takes a block of values, at most 4
+// blocks of 256 threads a multiprocessor; any other grid is right as well. squared_norm: always 1024 blocks of 256 threads, so
+// that the sum is the same on every device; squared_norm_finish: one block of 1024. any_not_finite: as squared_norm.
 // CPU twins: engine/src/ops/adamw.rs, engine/src/ops/adamw_8bit.rs. Sources: Loshchilov and Hutter, "Decoupled Weight Decay
 // Regularization", 2019; Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022.
 
@@ -50,19 +51,25 @@ __device__ __forceinline__ void load4(const float* from, float (&x)[4]) {
     x[0] = values.x, x[1] = values.y, x[2] = values.z, x[3] = values.w;
 }
 
-// A table of codes in shared memory, and for every bucket of floats (sign, exponent, six bits of mantissa) the code at its lower
-// end: from there the code of a value is at most a few steps up.
-template <bool SIGNED>
+// A table of codes in shared memory, and for every bucket of floats (sign, exponent, seven bits of mantissa) how many middles are
+// below it. A bucket is narrower than the way from one middle to the next, so that it has one at most.
 struct Table {
     // Bits of a float below its bucket's.
-    static constexpr int SHIFT = 17;
+    static constexpr int SHIFT = 16;
     // Magnitudes below 2^-23 share the lowest bucket (the least middle is above 2^-23), those from 1 on the highest.
     static constexpr int LOWEST = (127 - 23) << (23 - SHIFT), HIGHEST = 127 << (23 - SHIFT);
     static constexpr int BUCKETS = HIGHEST - LOWEST + 1;
 
     float values[256];
     float middles[256];
-    uint8_t first[SIGNED ? 2 * BUCKETS : BUCKETS];
+    // From the lowest value's bucket up.
+    uint8_t below[2 * BUCKETS];
+
+    static __device__ __forceinline__ int bucket_of(float x) {
+        const int bits = __float_as_int(x);
+        const int magnitude = min(max((bits & 0x7fffffff) >> SHIFT, LOWEST), HIGHEST) - LOWEST;
+        return BUCKETS + (magnitude ^ bits >> 31);
+    }
 
     // By all threads of the block; a barrier must follow.
     __device__ void fill(const float* __restrict__ values_, const float* __restrict__ middles_) {
@@ -70,39 +77,18 @@ struct Table {
             values[i] = values_[i];
             // Nothing is above the last.
             middles[i] = i < 255 ? middles_[i] : INFINITY;
-        }
-        for (int i = int(threadIdx.x); i < int(sizeof(first)); i += int(blockDim.x)) {
-            const int bucket = i % BUCKETS;
-            const bool negative = i >= BUCKETS;
-            // The least value of the bucket.
-            const float near = bucket == 0 ? 0.0f : __uint_as_float(uint32_t(bucket + LOWEST) << SHIFT);
-            const float far = bucket == BUCKETS - 1 ? INFINITY : __uint_as_float(uint32_t(bucket + 1 + LOWEST) << SHIFT);
-            const float least = negative ? -far : near;
-            int low = 0, high = 255;
-            while (low < high) {
-                const int middle = (low + high) / 2;
-                if (middles_[middle] < least) {
-                    low = middle + 1;
-                } else {
-                    high = middle;
-                }
+            const int first = i > 0 ? bucket_of(middles_[i - 1]) + 1 : 0;
+            const int last = i < 255 ? bucket_of(middles_[i]) : 2 * BUCKETS - 1;
+            for (int bucket = first; bucket <= last; bucket++) {
+                below[bucket] = uint8_t(i);
             }
-            first[i] = uint8_t(low);
         }
     }
 
     // How many middles are below x.
     __device__ __forceinline__ uint32_t encode(float x) const {
-        const uint32_t bits = __float_as_uint(x);
-        int bucket = min(max(int((bits & 0x7fffffffu) >> SHIFT), LOWEST), HIGHEST) - LOWEST;
-        if (SIGNED && bits >> 31 != 0) {
-            bucket += BUCKETS;
-        }
-        uint32_t code = first[bucket];
-        while (middles[code] < x) {
-            code++;
-        }
-        return x == x ? code : 0;
+        const uint32_t code = below[bucket_of(x)];
+        return x == x ? code + (middles[code] < x) : 0;
     }
 };
 
@@ -112,8 +98,7 @@ constexpr int HALVES = 2, QUARTER = 4;
 __device__ __forceinline__ int place_of(int lane, int half) { return half * (BLOCK / HALVES) + lane * QUARTER; }
 
 // Encodes what the lanes of a warp have and returns the factor.
-template <bool SIGNED>
-__device__ __forceinline__ float encode_block(const Table<SIGNED>& table, const float (&x)[HALVES][QUARTER],
+__device__ __forceinline__ float encode_block(const Table& table, const float (&x)[HALVES][QUARTER],
                                               uint32_t (&codes)[HALVES]) {
     float factor = 0;
 #pragma unroll
@@ -141,8 +126,9 @@ __device__ __forceinline__ uint32_t load_codes(const uint8_t* from, int left, bo
         return *reinterpret_cast<const uint32_t*>(from);
     }
     uint32_t codes = 0;
-    for (int i = 0; i < QUARTER && i < left; i++) {
-        codes |= uint32_t(from[i]) << (8 * i);
+#pragma unroll
+    for (int i = 0; i < QUARTER; i++) {
+        codes |= i < left ? uint32_t(from[i]) << (8 * i) : 0;
     }
     return codes;
 }
@@ -152,8 +138,11 @@ __device__ __forceinline__ void store_codes(uint8_t* to, uint32_t codes, int lef
         *reinterpret_cast<uint32_t*>(to) = codes;
         return;
     }
-    for (int i = 0; i < QUARTER && i < left; i++) {
-        to[i] = uint8_t(codes >> (8 * i));
+#pragma unroll
+    for (int i = 0; i < QUARTER; i++) {
+        if (i < left) {
+            to[i] = uint8_t(codes >> (8 * i));
+        }
     }
 }
 
@@ -165,6 +154,19 @@ __device__ __forceinline__ void load_values(const float* from, int left, bool al
 #pragma unroll
     for (int i = 0; i < QUARTER; i++) {
         x[i] = i < left ? from[i] : 0.0f;
+    }
+}
+
+__device__ __forceinline__ void store_values(float* to, const float (&x)[QUARTER], int left, bool aligned) {
+    if (aligned) {
+        store4(to, x);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < QUARTER; i++) {
+        if (i < left) {
+            to[i] = x[i];
+        }
     }
 }
 
@@ -223,14 +225,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     adamw_8bit_step(float* __restrict__ p, const float* __restrict__ g, uint8_t* __restrict__ m_codes,
                     uint8_t* __restrict__ v_codes, float* __restrict__ m_factors, float* __restrict__ v_factors,
                     const ulonglong2* __restrict__ places, int blocks, const float* __restrict__ signed_values,
                     const float* __restrict__ signed_middles, const float* __restrict__ unsigned_values,
                     const float* __restrict__ unsigned_middles, float decay, float rate, float correction_2, float clip) {
-    __shared__ Table<true> signed_table;
-    __shared__ Table<false> unsigned_table;
+    __shared__ Table signed_table, unsigned_table;
     signed_table.fill(signed_values, signed_middles);
     unsigned_table.fill(unsigned_values, unsigned_middles);
     __syncthreads();
@@ -277,16 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
             const int at = place_of(lane, half), left = length - at;
-            if (aligned) {
-                store4(p_at + at, p4[half]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < QUARTER; i++) {
-                    if (i < left) {
-                        p_at[at + i] = p4[half][i];
-                    }
-                }
-            }
+            store_values(p_at + at, p4[half], left, aligned);
             store_codes(m_at + at, m_new[half], left, aligned);
             store_codes(v_at + at, v_new[half], left, aligned);
         }
@@ -294,7 +286,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // partial (1024): a sum of squares for each block.
-extern "C" __global__ void __launch_bounds__(THREADS) squared_norm(double* __restrict__ partial, const float* __restrict__ x, size_t n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    squared_norm(double* __restrict__ partial, const float* __restrict__ x, size_t n) {
     double sum = 0;
     for_each(x, n, [&](float value) { sum += double(value) * double(value); });
     sum = block_sum(sum);
@@ -304,7 +297,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) squared_norm(double* __res
 }
 
 // norm = sqrt(sum of partial); it is finite exactly where every value was.
-extern "C" __global__ void __launch_bounds__(1024) squared_norm_finish(double* __restrict__ norm, const double* __restrict__ partial, int count) {
+extern "C" __global__ void __launch_bounds__(1024)
+    squared_norm_finish(double* __restrict__ norm, const double* __restrict__ partial, int count) {
     double sum = 0;
     for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
         sum += partial[i];
@@ -316,7 +310,8 @@ extern "C" __global__ void __launch_bounds__(1024) squared_norm_finish(double* _
 }
 
 // Sets flag to 1 where a value is infinite or NaN, and leaves it else.
-extern "C" __global__ void __launch_bounds__(THREADS) any_not_finite(int* __restrict__ flag, const float* __restrict__ x, size_t n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    any_not_finite(int* __restrict__ flag, const float* __restrict__ x, size_t n) {
     bool found = false;
     for_each(x, n, [&](float value) { found |= !(fabsf(value) <= 3.402823466e38f); });
     if (found) {

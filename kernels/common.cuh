@@ -127,6 +127,25 @@ __device__ __forceinline__ void store(T* to, const Eight<T>& group) {
     }
 }
 
+// The same for what is not needed again soon: the caches keep other things before it.
+template <typename T>
+__device__ __forceinline__ Eight<T> load_once(const T* from) {
+    Eight<T> group;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 2); i++) {
+        group.words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+    }
+    return group;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_once(T* to, const Eight<T>& group) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 2); i++) {
+        __stcs(reinterpret_cast<uint4*>(to) + i, group.words[i]);
+    }
+}
+
 // The group at `from`, of which `left` values (any number) are in the row; the others are 0.
 template <typename T>
 __device__ __forceinline__ Eight<T> load_part(const T* from, int left, bool aligned) {

@@ -10,8 +10,6 @@
 // loss_sum: one block of 1024 threads. gather_rows, scatter_rows: flat (common.cuh).
 // CPU twin: engine/src/ops/cross_entropy.rs.
 
-#include <float.h>
-
 #include "common.cuh"
 
 namespace {
@@ -20,16 +18,30 @@ namespace {
 
 constexpr int THREADS = 1024;
 
-// The maximum of some values and the sum of exp(value - maximum).
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr double LN_2 = 0.6931471805599453;
+
+// 2^x in one instruction; a result below 2^-126 is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Of some values x the maximum, `shift` = maximum * log2(e) as f32 has it, and the sum of 2^(x * log2(e) - shift): the logarithm of
+// the sum of exp(x) is then ln(2) * (log2(sum) + shift), however the product was rounded.
 struct Sum {
-    // Not -inf: a row may begin with logits of -inf, and -inf - -inf is NaN.
-    float max = -FLT_MAX;
+    // Not -inf: a row may begin with logits of -inf, and -inf - -inf is NaN. Not less: its shift must be finite.
+    float max = -1e38f;
+    float shift = -1e38f * LOG2_E;
     float sum = 0;
 
     __device__ __forceinline__ void raise(float other) {
         if (other > max) {
-            sum *= __expf(max - other);
+            const float raised = other * LOG2_E;
+            sum *= exp2_fast(shift - raised);
             max = other;
+            shift = raised;
         }
     }
 
@@ -43,7 +55,7 @@ struct Sum {
         raise(largest);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            sum += __expf(x[i] - max);
+            sum += exp2_fast(fmaf(x[i], LOG2_E, -shift));
         }
     }
 };
@@ -103,7 +115,8 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
             Eight<L> read[FLIGHT];
 #pragma unroll
             for (int i = 0; i < FLIGHT; i++) {
-                read[i] = load(row + size_t(group + i * THREADS) * GROUP);
+                const L* from = row + size_t(group + i * THREADS) * GROUP;
+                read[i] = group + i * THREADS < kept.groups ? load_once(from) : load(from);
             }
 #pragma unroll
             for (int i = 0; i < FLIGHT; i++) {
@@ -133,9 +146,10 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
     }
     const float max = block_max(mine.max);
     mine.raise(max);
+    const float shift = max * LOG2_E;
     const float sum = block_sum(mine.sum);
     if (thread == 0) {
-        loss_per_row[blockIdx.x] = labelled ? float(log(double(sum)) + double(max) - double(target)) : 0.0f;
+        loss_per_row[blockIdx.x] = labelled ? float(log(double(sum)) + LN_2 * double(shift) - double(target)) : 0.0f;
         correct_per_row[blockIdx.x] = labelled && target >= max;
     }
     if (d == nullptr) {
@@ -149,7 +163,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
         unpack(read, x);
 #pragma unroll
         for (int i = 0; i < GROUP; i++) {
-            x[i] = labelled ? __expf(x[i] - max) * factor : 0.0f;
+            x[i] = labelled ? exp2_fast(fmaf(x[i], LOG2_E, -shift)) * factor : 0.0f;
         }
         if (labelled && at >= 0 && at < GROUP) {
 #pragma unroll
@@ -157,7 +171,12 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
                 x[i] -= i == at ? scale : 0.0f;
             }
         }
-        store_part(d + column, vocabulary - column, d_aligned, x);
+        const int left = vocabulary - column;
+        if (d_aligned && left >= GROUP) {
+            store_once(d + column, pack<T>(x));
+        } else {
+            store_part(d + column, left, false, x);
+        }
     };
     if (!labelled) {
         for (group = thread; group < groups; group += THREADS) {
@@ -176,7 +195,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
         Eight<L> read[FLIGHT];
 #pragma unroll
         for (int i = 0; i < FLIGHT; i++) {
-            read[i] = load(row + size_t(group - i * THREADS) * GROUP);
+            read[i] = load_once(row + size_t(group - i * THREADS) * GROUP);
         }
 #pragma unroll
         for (int i = 0; i < FLIGHT; i++) {
@@ -184,7 +203,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
         }
     }
     for (; group >= kept.groups; group -= THREADS) {
-        write(group, load(row + size_t(group) * GROUP));
+        write(group, load_once(row + size_t(group) * GROUP));
     }
     for (; group >= 0; group -= THREADS) {
         write(group, kept.get(group));
@@ -203,7 +222,6 @@ __device__ __forceinline__ void copy_row(T* __restrict__ y, const T* __restrict_
 
 // ---------------------------------------------------------------- kernels
 
-// Only the loss where dlogits is null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     cross_entropy_forward_backward_bf16(bf16* __restrict__ dlogits, long long d_stride, const float* __restrict__ logits,
                                         long long stride, const int* labels, float scale, float* loss_per_row,
@@ -227,7 +245,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                      vocabulary);
 }
 
-// The logits stay.
+// Only the loss.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    cross_entropy_forward_f32(const float* __restrict__ logits, long long stride, const int* labels, float* loss_per_row,
+                              int* correct_per_row, int rows, int vocabulary) {
+    forward_backward(static_cast<float*>(nullptr), 0, logits, stride, labels, 0.0f, loss_per_row, correct_per_row, vocabulary);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     cross_entropy_forward_bf16(const bf16* __restrict__ logits, long long stride, const int* labels, float* loss_per_row,
                                int* correct_per_row, int rows, int vocabulary) {

@@ -99,13 +99,21 @@ __device__ __forceinline__ void recompute(T* y_, long long y_stride, const T* __
     const Row<T> y(y_, y_stride, width);
     const bool w_aligned = is_aligned(weight);
     const float scale_of_row = rstd[blockIdx.x];
-    for (int i = 0; column_of(i) < width; i++) {
-        const int column = column_of(i);
-        float values[GROUP], w[GROUP];
-        x.get(column, values);
-        load_part(weight + column, width - column, w_aligned, w);
-        scale(values, scale_of_row, w);
-        y.set(column, values);
+    for (int first = 0; column_of(first) < width; first += HELD) {
+        Eight<T> held[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            held[i] = x.get(column_of(first + i));
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            const int column = column_of(first + i);
+            float values[GROUP], w[GROUP];
+            unpack(held[i], values);
+            load_part(weight + column, width - column, w_aligned, w);
+            scale(values, scale_of_row, w);
+            y.set(column, values);
+        }
     }
 }
 
@@ -182,19 +190,22 @@ __device__ __forceinline__ void backward(T* __restrict__ dresidual_, long long d
 // ---------------------------------------------------------------- kernels
 
 #define RMS_NORM(T, NAME)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_forward_##NAME(T* y, long long y_stride, float* rstd, const T* x, long long x_stride,   \
-                                                       const float* weight, int rows, int width, float eps) {                   \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                                  \
+        rms_norm_forward_##NAME(T* y, long long y_stride, float* rstd, const T* x, long long x_stride, const float* weight,     \
+                                int rows, int width, float eps) {                                                               \
         forward(y, y_stride, rstd, x, x_stride, weight, width, eps);                                                            \
     }                                                                                                                           \
     /* y again from the rstd that forward gave. */                                                                              \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_recompute_##NAME(T* y, long long y_stride, const T* x, long long x_stride,              \
-                                                         const float* weight, const float* rstd, int rows, int width) {         \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                                  \
+        rms_norm_recompute_##NAME(T* y, long long y_stride, const T* x, long long x_stride, const float* weight,                \
+                                  const float* rstd, int rows, int width) {                                                     \
         recompute(y, y_stride, x, x_stride, weight, rstd, width);                                                               \
     }                                                                                                                           \
     /* Adds dx to dresidual; writes y again where it is not null. */                                                            \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm_backward_##NAME(T* dresidual, long long dresidual_stride, T* y, long long y_stride,     \
-                                                        const T* dy, long long dy_stride, const T* x, long long x_stride,       \
-                                                        const float* weight, const float* rstd, int rows, int width) {          \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                                  \
+        rms_norm_backward_##NAME(T* dresidual, long long dresidual_stride, T* y, long long y_stride, const T* dy,               \
+                                 long long dy_stride, const T* x, long long x_stride, const float* weight,                      \
+                                 const float* rstd, int rows, int width) {                                                      \
         backward(dresidual, dresidual_stride, y, y_stride, dy, dy_stride, x, x_stride, weight, rstd, width);                    \
     }
 

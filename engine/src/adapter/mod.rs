@@ -71,6 +71,11 @@ impl LoraLayout {
         &self.spec
     }
 
+    /// Where `lora_a` and `lora_b` of a projection begin, where it has them.
+    pub fn offsets(&self, layer: usize, target: Target) -> Option<(usize, usize)> {
+        self.offsets.get(layer)?[target.index()]
+    }
+
     /// Where each matrix lies, in the order of the buffer, which they fill.
     pub fn tensors(&self) -> Vec<Range<usize>> {
         let rank = self.spec.r as usize;

@@ -30,6 +30,17 @@ pub(crate) struct Block {
     projections: [Weight; 7],
 }
 
+/// A block's frozen weights, borrowed.
+#[derive(Debug)]
+pub struct BlockParts<'a> {
+    /// (C).
+    pub input_layernorm: &'a Tensor,
+    /// (C).
+    pub post_attention_layernorm: &'a Tensor,
+    /// In the order of [`Target::ALL`], (out, in) each.
+    pub projections: [&'a Weight; 7],
+}
+
 /// What every block of one pass shares.
 pub(crate) struct Pass<'a> {
     pub(crate) config: &'a Config,
@@ -80,6 +91,14 @@ impl Block {
             post_attention_layernorm: norm("ffn_norm")?,
             projections: [q?, k?, v?, o?, gate?, up?, down?],
         })
+    }
+
+    pub(crate) fn parts(&self) -> BlockParts<'_> {
+        BlockParts {
+            input_layernorm: &self.input_layernorm,
+            post_attention_layernorm: &self.post_attention_layernorm,
+            projections: self.projections.each_ref(),
+        }
     }
 
     /// y from x (T, C), and what backward needs.

@@ -11,7 +11,7 @@ use crate::adapter::LoraParams;
 use crate::data::MicroBatch;
 use crate::files::shorten;
 use crate::gguf::GgufFile;
-use crate::model::block::{self, Block, BlockCache, Pass, Saved};
+use crate::model::block::{self, Block, BlockCache, BlockParts, Pass, Saved};
 use crate::model::config::Config;
 use crate::model::linear::Scratch;
 use crate::model::weights::{self, MappedFile, Weight};
@@ -54,6 +54,19 @@ impl KvCache {
     pub fn capacity(&self) -> usize {
         self.capacity
     }
+}
+
+/// A model's frozen weights.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    /// The embedding table, (V, C).
+    pub embed_tokens: &'a Weight,
+    /// The blocks, first to last.
+    pub blocks: Vec<BlockParts<'a>>,
+    /// Weight of the final norm, (C).
+    pub norm: &'a Tensor,
+    /// The output projection, (V, C); `None` where it is the embedding table.
+    pub lm_head: Option<&'a Weight>,
 }
 
 /// How a micro-batch is trained on.
@@ -116,6 +129,16 @@ impl Llama {
     /// SHA-256 of the file that the weights came from; reads all of it.
     pub fn file_sha256(&self) -> [u8; 32] {
         Sha256::digest(self.file.bytes()).into()
+    }
+
+    /// Its frozen weights.
+    pub fn parts(&self) -> Parts<'_> {
+        Parts {
+            embed_tokens: &self.embed_tokens,
+            blocks: self.blocks.iter().map(Block::parts).collect(),
+            norm: &self.norm,
+            lm_head: self.lm_head.as_ref(),
+        }
     }
 
     fn lm_head(&self) -> &Weight {

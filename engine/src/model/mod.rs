@@ -7,7 +7,8 @@ mod llama;
 mod untrained;
 pub mod weights;
 
+pub use block::BlockParts;
 pub(crate) use block::gguf_name;
 pub use config::{Config, Shape};
-pub use llama::{KvCache, Llama, MicroStep};
+pub use llama::{KvCache, Llama, MicroStep, Parts};
 pub use untrained::untrained_tokens;

@@ -169,6 +169,11 @@ impl Weight {
         self.dtype
     }
 
+    /// The stored blocks, row after row.
+    pub fn stored(&self) -> &[u8] {
+        &self.file.bytes()[self.offset..self.offset + self.stored_bytes()]
+    }
+
     /// Bytes of the stored blocks.
     pub fn stored_bytes(&self) -> usize {
         self.dtype.row_bytes(self.columns) * self.rows

@@ -69,12 +69,12 @@ pub fn step(parameters: &Tensor, moments: &Tensor, gradient: &Tensor, update: Up
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rule {
     /// 1 − lr · weight_decay.
-    decay: f32,
+    pub(super) decay: f32,
     /// lr / (1 − β₁ᵗ).
-    rate: f32,
+    pub(super) rate: f32,
     /// √(1 − β₂ᵗ).
-    correction_2: f32,
-    clip: f32,
+    pub(super) correction_2: f32,
+    pub(super) clip: f32,
 }
 
 impl Rule {

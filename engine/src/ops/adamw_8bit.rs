@@ -20,12 +20,12 @@ use crate::Result;
 use crate::ops::{bail, host, host_mut};
 
 /// Values that share a factor.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 /// Tensors with fewer values keep their moments in f32.
 const LEAST_VALUES: usize = 4096;
 
-static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
-static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
+pub(super) static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
+pub(super) static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
 
 /// Both moments of every parameter.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,7 +82,7 @@ impl Sizes {
     }
 }
 
-fn is_large(tensor: &Range<usize>) -> bool {
+pub(super) fn is_large(tensor: &Range<usize>) -> bool {
     tensor.len() >= LEAST_VALUES
 }
 
@@ -176,10 +176,10 @@ impl Part<'_> {
 }
 
 /// The values that codes stand for, in rising order.
-struct Table {
-    values: [f32; 256],
+pub(super) struct Table {
+    pub(super) values: [f32; 256],
     /// Between each value and the next: what lies below is nearer to the lower one.
-    middles: [f32; 255],
+    pub(super) middles: [f32; 255],
 }
 
 impl Table {

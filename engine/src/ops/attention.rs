@@ -282,7 +282,7 @@ fn scatter(out: &mut [f32], stride: usize, first_row: usize, column: usize, part
     }
 }
 
-fn check_sequences(cu_seqlens: &[usize], tokens: usize) -> Result<()> {
+pub(super) fn check_sequences(cu_seqlens: &[usize], tokens: usize) -> Result<()> {
     let covers = cu_seqlens.first() == Some(&0) && cu_seqlens.last() == Some(&tokens);
     if !covers || cu_seqlens.windows(2).any(|ends| ends[0] > ends[1]) {
         bail!("attention: sequences {cu_seqlens:?} do not cover {tokens} tokens");

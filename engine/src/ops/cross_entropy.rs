@@ -133,7 +133,7 @@ pub fn logits(h: &Tensor, weight: &Weight, compute: Compute) -> Result<Tensor> {
 }
 
 /// The loss of one token; its logits become dz.
-fn token_loss(logits: &mut [f32], label: i32, scale: f32) -> Loss {
+pub(super) fn token_loss(logits: &mut [f32], label: i32, scale: f32) -> Loss {
     let label = label as usize;
     let (max, target) = (exp::max(logits), logits[label]);
     let sum: f64 = logits.chunks_mut(SUMMED_IN_F32).map(|part| f64::from(exp::exp_shifted(part, max))).sum();

@@ -16,10 +16,10 @@ const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
     /// Elements whose 32 bits are below this are dropped.
-    threshold: u32,
+    pub(super) threshold: u32,
     /// 1 / (1 − p).
-    scale: f32,
-    key: u64,
+    pub(super) scale: f32,
+    pub(super) key: u64,
 }
 
 impl Dropout {

@@ -8,6 +8,7 @@ use super::micro_batch;
 use super::moments::Moments;
 use crate::adapter::{LoraLayout, LoraParams};
 use crate::data::{Dataset, Loader, Row};
+use crate::device::Device;
 use crate::model::{Llama, MicroStep, Shape};
 use crate::ops::cross_entropy;
 use crate::ops::dropout::Dropout;
@@ -144,7 +145,7 @@ pub fn measure_rate(spec: &TrainSpec, model: &Llama, dataset: &Dataset) -> Resul
     lora.initialise(spec.seed)?;
     let dropout = Dropout::new(spec.lora.dropout, &[spec.seed]);
     let kept_layers = kept_layers(spec, model, dataset, None)?;
-    let compute = super::state::compute(spec.training.compute)?;
+    let compute = super::state::compute(spec.training.compute, Device::Cpu)?;
     let step = MicroStep { scale: 1.0, kept_layers, dropout, compute };
     let mut rate = 0.0;
     for _ in 0..2 {
@@ -176,6 +177,11 @@ pub(super) fn kept_layers(
     let layout = LoraLayout::new(&spec.lora, shape);
     let need = Need::of(spec, shape, &Work::of(spec, dataset, None)?, &layout);
     Ok(need.kept_layers(budget) as usize)
+}
+
+/// Tokens of the largest micro-batch of a run, evaluations included.
+pub(super) fn largest_micro_batch(spec: &TrainSpec, dataset: &Dataset, validation: Option<&Dataset>) -> Result<usize> {
+    Ok(Work::of(spec, dataset, validation)?.largest_micro_batch as usize)
 }
 
 /// What activations may take: nine tenths of the free memory, less the base model, which is read through the page cache.

@@ -4,12 +4,11 @@ use std::ops::ControlFlow;
 
 use serde::{Deserialize, Serialize};
 
+use super::state::State;
 use super::{TrainEvent, micro_batch};
-use crate::adapter::LoraParams;
 use crate::data::Dataset;
 use crate::model::Llama;
 use crate::ops::cross_entropy::Loss;
-use crate::ops::matmul::Compute;
 use crate::spec::{EarlyStopping, SpecError, TrainSpec};
 use crate::{Error, Result};
 
@@ -77,13 +76,13 @@ pub(super) fn evaluate(
     spec: &TrainSpec,
     model: &Llama,
     validation: &Dataset,
-    (lora, compute, step): (&LoraParams, Compute, u32),
+    (state, step): (&mut State, u32),
     on_event: &mut dyn FnMut(TrainEvent<'_>) -> ControlFlow<()>,
 ) -> Result<(Evaluation, ControlFlow<()>)> {
     let rows: Vec<usize> = (0..validation.rows.len()).collect();
     let (mut loss, mut flow, mut done) = (Loss::default(), ControlFlow::Continue(()), 0);
     for rows in rows.chunks(spec.training.micro_batch_size.max(1) as usize) {
-        loss += model.evaluate(&micro_batch(validation, rows, spec.training.packing)?, lora, compute)?;
+        loss += state.evaluate(model, &micro_batch(validation, rows, spec.training.packing)?)?;
         done += rows.len();
         if on_event(TrainEvent::Evaluating { step, rows: done, total_rows: validation.rows.len() }).is_break() {
             flow = ControlFlow::Break(());

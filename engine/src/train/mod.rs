@@ -137,7 +137,7 @@ pub fn train(
     let total_steps = loader.total_steps();
     let run = checkpoint::run_digest(spec, model, dataset, validation)?;
     let mut state = State::new(spec, model, dataset, start, &run)?;
-    let trainable_parameters = state.lora.layout().len();
+    let trainable_parameters = state.trainable_parameters();
     let mut flow = on_event(TrainEvent::Started { total_steps, resumed_from: state.step(), trainable_parameters });
     let mut saved_at = Instant::now();
     if flow.is_break() {
@@ -151,8 +151,7 @@ pub fn train(
         let (step, epoch) = (metrics.step, loader.steps_per_epoch());
         let mut stop = ControlFlow::Continue(());
         if let Some(validation) = validation.filter(|_| is_due(step, eval_steps, epoch) || step == total_steps) {
-            let (evaluation, said) =
-                evaluation::evaluate(spec, model, validation, (&state.lora, state.compute(), step), on_event)?;
+            let (evaluation, said) = evaluation::evaluate(spec, model, validation, (&mut state, step), on_event)?;
             state.judge(spec, &evaluation)?;
             (metrics.evaluation, stop) = (Some(evaluation), said);
         }
@@ -166,7 +165,7 @@ pub fn train(
     }
     let (step, trained_tokens, completed) = (state.step(), state.trained_tokens(), has_ended(&state));
     let (stopped_early, best) = (completed && step < total_steps, state.best().filter(|_| completed));
-    let lora = if completed { state.into_result()? } else { state.lora };
+    let lora = state.into_result(completed)?;
     Ok(Outcome { completed, stopped_early, step, best, trained_tokens, lora })
 }
 

@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 use super::{Gpu, failed};
 use crate::{Error, Result};
 
-/// Every matrix begins at a multiple of so many bytes.
+/// Every buffer of a slab begins at a multiple of so many bytes.
 const ALIGNMENT: usize = 256;
 
 /// Type of a matrix's values.
@@ -28,23 +28,71 @@ impl Dtype {
     }
 }
 
-/// Bytes on a GPU, given back when it is dropped.
+/// Memory of a GPU, given back when the last buffer in it is dropped.
 #[derive(Debug)]
-pub(crate) struct Buffer {
+struct Memory {
     gpu: Rc<Gpu>,
     pointer: sys::CUdeviceptr,
     bytes: usize,
 }
 
-impl Buffer {
-    /// So many bytes, with anything in them.
+/// Bytes on a GPU.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    memory: Rc<Memory>,
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+/// Hands out buffers of one piece of memory: the driver rounds each piece up to 2 MiB.
+#[derive(Debug)]
+pub(crate) struct Slab {
+    memory: Rc<Memory>,
+    taken: usize,
+}
+
+impl Slab {
+    /// Memory for buffers of those sizes.
     ///
     /// # Errors
-    /// [`Error::DeviceMemory`] where they are not free.
-    pub(crate) fn new(gpu: &Rc<Gpu>, bytes: usize) -> Result<Self> {
+    /// As [`Buffer::new`].
+    pub(crate) fn new(gpu: &Rc<Gpu>, sizes: impl IntoIterator<Item = usize>) -> Result<Self> {
+        let bytes = sizes.into_iter().map(Self::rounded).sum();
+        Ok(Self { memory: Rc::new(Memory::new(gpu, bytes)?), taken: 0 })
+    }
+
+    /// Bytes that a buffer of that size takes of a slab.
+    pub(crate) fn rounded(bytes: usize) -> usize {
+        bytes.max(1).next_multiple_of(ALIGNMENT)
+    }
+
+    /// The next buffer.
+    ///
+    /// # Panics
+    /// Where the slab was made for fewer or smaller ones.
+    pub(crate) fn take(&mut self, bytes: usize) -> Buffer {
+        let pointer = self.memory.pointer + self.taken as u64;
+        self.taken += Self::rounded(bytes);
+        assert!(self.taken <= self.memory.bytes, "a slab of {} bytes is used up", self.memory.bytes);
+        Buffer { memory: Rc::clone(&self.memory), pointer, bytes: bytes.max(1) }
+    }
+
+    /// The next buffer, with those values.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn of<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Result<Buffer> {
+        let buffer = self.take(size_of_val(values));
+        buffer.write(0, values)?;
+        Ok(buffer)
+    }
+}
+
+impl Memory {
+    fn new(gpu: &Rc<Gpu>, bytes: usize) -> Result<Self> {
         let size = bytes.max(1);
         gpu.context.bind_to_thread().map_err(failed("taking the GPU"))?;
-        // SAFETY: the context is the thread's current one; the memory is owned by this buffer alone.
+        // SAFETY: the context is the thread's current one; the memory is owned by this object alone.
         let pointer = match unsafe { result::malloc_sync(size) } {
             Ok(pointer) => pointer,
             Err(error) if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -55,6 +103,28 @@ impl Buffer {
         };
         gpu.allocated_bytes.set(gpu.allocated_bytes.get() + size);
         Ok(Self { gpu: Rc::clone(gpu), pointer, bytes: size })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.gpu.allocated_bytes.set(self.gpu.allocated_bytes.get() - self.bytes);
+        // What is queued may still use it.
+        let _ = self.gpu.stream.synchronize();
+        // SAFETY: the memory is this object's, and nothing queued uses it any more.
+        let _ = unsafe { result::free_sync(self.pointer) };
+    }
+}
+
+impl Buffer {
+    /// So many bytes, with anything in them.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMemory`] where they are not free.
+    pub(crate) fn new(gpu: &Rc<Gpu>, bytes: usize) -> Result<Self> {
+        let memory = Rc::new(Memory::new(gpu, bytes)?);
+        let (pointer, bytes) = (memory.pointer, memory.bytes);
+        Ok(Self { memory, pointer, bytes })
     }
 
     /// So many zero bytes.
@@ -79,7 +149,11 @@ impl Buffer {
 
     /// The GPU that it is on.
     pub(crate) fn gpu(&self) -> &Rc<Gpu> {
-        &self.gpu
+        &self.memory.gpu
+    }
+
+    fn stream(&self) -> sys::CUstream {
+        self.memory.gpu.stream.cu_stream()
     }
 
     /// Its size.
@@ -98,7 +172,7 @@ impl Buffer {
     /// # Errors
     /// [`Error::Device`] where the driver refuses.
     pub(crate) fn fill_zero(&self) -> Result<()> {
-        let stream = self.gpu.stream.cu_stream();
+        let stream = self.stream();
         // SAFETY: the range is the whole buffer.
         unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, stream) }.map_err(failed("clearing memory"))
     }
@@ -112,7 +186,7 @@ impl Buffer {
             return Ok(());
         }
         assert!(offset + size_of_val(values) <= self.bytes, "a write beyond the buffer's end");
-        let stream = self.gpu.stream.cu_stream();
+        let stream = self.stream();
         // SAFETY: the range was checked. Pageable memory is staged before the call returns.
         unsafe { result::memcpy_htod_async(self.pointer + offset as u64, values, stream) }
             .map_err(failed("copying to the GPU"))
@@ -127,11 +201,11 @@ impl Buffer {
             return Ok(());
         }
         assert!(offset + size_of_val(values) <= self.bytes, "a read beyond the buffer's end");
-        let stream = self.gpu.stream.cu_stream();
+        let stream = self.stream();
         // SAFETY: the range was checked, and the copy has ended before `values` is given back.
         unsafe { result::memcpy_dtoh_async(values, self.pointer + offset as u64, stream) }
             .map_err(failed("copying from the GPU"))?;
-        self.gpu.synchronize()
+        self.memory.gpu.synchronize()
     }
 
     /// A matrix at that byte.
@@ -153,16 +227,6 @@ impl Buffer {
     pub(crate) fn row(&self, dtype: Dtype) -> Mat<'_> {
         let count = self.bytes / dtype.bytes();
         self.mat(0, (1, count), count, dtype)
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.gpu.allocated_bytes.set(self.gpu.allocated_bytes.get() - self.bytes);
-        // What is queued may still use it.
-        let _ = self.gpu.stream.synchronize();
-        // SAFETY: the memory is this buffer's, and nothing queued uses it any more.
-        let _ = unsafe { result::free_sync(self.pointer) };
     }
 }
 
@@ -203,33 +267,20 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// Cuts matrices out of a buffer, one after the other.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Carver<'a> {
-    buffer: Option<&'a Buffer>,
-    offset: usize,
-}
-
-impl<'a> Carver<'a> {
-    /// From that byte of a buffer on.
-    pub(crate) fn new(buffer: &'a Buffer, offset: usize) -> Self {
-        Self { buffer: Some(buffer), offset }
-    }
-
-    /// One that only counts bytes.
-    pub(crate) fn counting() -> Self {
-        Self { buffer: None, offset: 0 }
-    }
-
-    /// Bytes taken so far.
-    pub(crate) fn offset(&self) -> usize {
-        self.offset
-    }
-
-    /// A matrix of those sizes, whose rows are `stride` values apart. `None` where it only counts.
-    pub(crate) fn take(&mut self, rows: usize, columns: usize, stride: usize, dtype: Dtype) -> Option<Mat<'a>> {
-        let offset = self.offset;
-        self.offset += (rows * stride * dtype.bytes()).next_multiple_of(ALIGNMENT);
-        self.buffer.map(|buffer| buffer.mat(offset, (rows, columns), stride, dtype))
+impl Mat<'_> {
+    /// Sets every value to 0, in the stream's order.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn fill_zero(self, gpu: &Gpu) -> Result<()> {
+        let (size, stream) = (self.dtype.bytes(), gpu.stream.cu_stream());
+        if self.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the matrix lies in a buffer, and `mat` checked its rows.
+        let result = unsafe {
+            sys::cuMemsetD2D8Async(self.pointer, self.stride * size, 0, self.columns * size, self.rows, stream)
+        };
+        result.result().map_err(failed("clearing a matrix"))
     }
 }

@@ -1,0 +1,64 @@
+//! Dequantization of stored blocks on a GPU, whole matrices and single rows.
+
+use super::flat::of_type;
+use super::weights::{DeviceWeight, Stored};
+use super::{Buffer, Dtype, Gpu, Mat};
+use crate::Result;
+use crate::quant::BlockType;
+
+/// Values that a block of threads writes, and its threads; kernels/dequantize.cuh names them too.
+const CHUNK: usize = 4096;
+const THREADS: u32 = 256;
+
+/// The weight (rows, columns) as values.
+pub(crate) fn dequantize(gpu: &Gpu, weight: &DeviceWeight, out: Mat<'_>) -> Result<()> {
+    let (rows, columns) = (weight.rows, weight.columns);
+    assert_eq!(out.shape(), (rows, columns), "dequantize: another shape");
+    let blocks = u32::try_from((rows * columns).div_ceil(CHUNK)).expect("a weight has fewer than 2^44 values");
+    match &weight.stored {
+        Stored::Blocks { dtype, blocks: stored } => {
+            let launch = gpu.launch(whole(*dtype, out.dtype))?.grid(blocks, THREADS).mat(out).long(stored.at(0));
+            // SAFETY: the shape was checked; the buffer holds the blocks of that shape.
+            unsafe { launch.int(rows).int(columns).run() }
+        }
+        Stored::Nf4 { packed, codes, map, nested, offset } => {
+            let name = of_type(out.dtype, "dequantize_nf4_double_bf16", "dequantize_nf4_double_f32");
+            let launch = gpu.launch(name)?.grid(blocks, THREADS).mat(out).long(packed.at(0)).long(codes.at(0));
+            let launch = launch.long(map.at(0)).long(nested.at(0)).float(*offset);
+            // SAFETY: as above.
+            unsafe { launch.int(rows).int(columns).run() }
+        }
+    }
+}
+
+/// Rows of an embedding table, one for every token (i32).
+pub(crate) fn embed(gpu: &Gpu, table: &DeviceWeight, tokens: &Buffer, out: Mat<'_>) -> Result<()> {
+    let Stored::Blocks { dtype, blocks } = &table.stored else {
+        return Err(crate::Error::Device("an embedding table in NF4 is not supported".to_owned()));
+    };
+    assert!(out.columns == table.columns && tokens.bytes() >= 4 * out.rows, "embed: {out:?}");
+    let chunks = out.columns.div_ceil(CHUNK) as u32;
+    let launch = gpu.launch(single(*dtype, out.dtype))?.grid_3d((out.rows as u32, chunks, 1), THREADS);
+    let launch = launch.mat(out).long(blocks.at(0)).long(tokens.at(0));
+    // SAFETY: the shape was checked; the caller knows the tokens to be rows of the table.
+    unsafe { launch.int(out.rows).int(out.columns).run() }
+}
+
+macro_rules! names {
+    ($prefix:literal, $stored:expr, $dtype:expr, $($variant:ident $name:literal),*) => {
+        match ($stored, $dtype) {
+            $((BlockType::$variant, Dtype::Bf16) => concat!($prefix, $name, "_bf16"),
+              (BlockType::$variant, Dtype::F32) => concat!($prefix, $name, "_f32"),)*
+        }
+    };
+}
+
+fn whole(stored: BlockType, dtype: Dtype) -> &'static str {
+    names!("dequantize_", stored, dtype, F32 "f32", F16 "f16", BF16 "bf16", Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0", Q5_1 "q5_1",
+        Q8_0 "q8_0", Q2K "q2_k", Q3K "q3_k", Q4K "q4_k", Q5K "q5_k", Q6K "q6_k", IQ4NL "iq4_nl")
+}
+
+fn single(stored: BlockType, dtype: Dtype) -> &'static str {
+    names!("dequantize_rows_", stored, dtype, F32 "f32", F16 "f16", BF16 "bf16", Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0",
+        Q5_1 "q5_1", Q8_0 "q8_0", Q2K "q2_k", Q3K "q3_k", Q4K "q4_k", Q5K "q5_k", Q6K "q6_k", IQ4NL "iq4_nl")
+}
