@@ -25,13 +25,13 @@ using namespace dequantization;
 
 // Levels first .. first + 8 of the 16 bytes at `levels`.
 template <int ALIGNMENT>
-__device__ __forceinline__ uint2 half_bytes(const uint8_t* levels, int first) {
+__device__ __forceinline__ uint2 half_bytes(const uint8_t* levels, unsigned first) {
     return shift_and_mask(load_bytes<ALIGNMENT>(levels + (first & 15)), first & 16 ? 4 : 0, 0x0f0f0f0f);
 }
 
 // Levels first .. first + 8 with the fifth bits, one a value, at `fifth`.
 template <int ALIGNMENT>
-__device__ __forceinline__ uint2 five_bits(const uint8_t* fifth, const uint8_t* levels, int first) {
+__device__ __forceinline__ uint2 five_bits(const uint8_t* fifth, const uint8_t* levels, unsigned first) {
     uint2 low = half_bytes<ALIGNMENT>(levels, first);
     uint32_t high = fifth[first / 8];
     // Bit i of four to bit 4 of byte i: the factor adds copies moved by 4, 11, 18 and 25, no two on one bit of the mask.
@@ -42,52 +42,46 @@ __device__ __forceinline__ uint2 five_bits(const uint8_t* fifth, const uint8_t* 
 
 struct Q4_0 {
     static constexpr int VALUES = 32, BYTES = 18;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
-        bytes_to_floats(half_bytes<2>(block + 2, first), 8.0f, values);
-        scale_values(values, load_half(block));
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
+        scale_bytes<false>(half_bytes<2>(block + 2, first), load_half(block), 8.0f, values);
     }
 };
 
 struct Q4_1 {
     static constexpr int VALUES = 32, BYTES = 20;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
-        bytes_to_floats(half_bytes<4>(block + 4, first), 0.0f, values);
-        scale_and_add(values, load_half(block), load_half(block + 2));
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
+        scale_and_add(half_bytes<4>(block + 4, first), load_half(block), load_half(block + 2), values);
     }
 };
 
 struct Q5_0 {
     static constexpr int VALUES = 32, BYTES = 22;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
-        bytes_to_floats(five_bits<2>(block + 2, block + 6, first), 16.0f, values);
-        scale_values(values, load_half(block));
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
+        scale_bytes<false>(five_bits<2>(block + 2, block + 6, first), load_half(block), 16.0f, values);
     }
 };
 
 struct Q5_1 {
     static constexpr int VALUES = 32, BYTES = 24;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
-        bytes_to_floats(five_bits<8>(block + 4, block + 8, first), 0.0f, values);
-        scale_and_add(values, load_half(block), load_half(block + 2));
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
+        scale_and_add(five_bits<8>(block + 4, block + 8, first), load_half(block), load_half(block + 2), values);
     }
 };
 
 struct Q8_0 {
     static constexpr int VALUES = 32, BYTES = 34;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
         uint2 bytes = load_bytes<2>(block + 2 + first);
         // A signed byte with its highest bit turned is itself + 128.
-        bytes_to_floats(make_uint2(bytes.x ^ 0x80808080, bytes.y ^ 0x80808080), 128.0f, values);
-        scale_values(values, load_half(block));
+        scale_bytes<true>(make_uint2(bytes.x ^ 0x80808080, bytes.y ^ 0x80808080), load_half(block), 128.0f, values);
     }
 };
 
 struct IQ4_NL {
     static constexpr int VALUES = 32, BYTES = 18;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
         uint2 levels = half_bytes<2>(block + 2, first);
-        bytes_to_floats(make_uint2(look_up(levels.x), look_up(levels.y)), 128.0f, values);
-        scale_values(values, load_half(block));
+        scale_bytes<true>(make_uint2(look_up(levels.x), look_up(levels.y)), load_half(block), 128.0f, values);
     }
 
     // Each of four indices below 16 to its level + 128: -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113.
@@ -103,28 +97,26 @@ struct IQ4_NL {
 
 template <class Stored, class T>
 __device__ __forceinline__ void convert_matrix(T* out, long long out_stride, const uint8_t* blocks, int rows, int columns) {
-    const Stored* stored = reinterpret_cast<const Stored*>(blocks);
-    size_t start = size_t(blockIdx.x) * CHUNK;
-    int count = int(min(size_t(rows) * columns - start, size_t(CHUNK)));
-    size_t first_row = start / unsigned(columns);
-    unsigned first_column = unsigned(start - first_row * columns);
+    const Stored* stored = reinterpret_cast<const Stored*>(blocks) + size_t(blockIdx.x) * CHUNK;
+    const unsigned count = unsigned(min(size_t(rows) * columns - size_t(blockIdx.x) * CHUNK, size_t(CHUNK)));
     if (columns % GROUP == 0) {
+        unsigned first_row, first_column;
+        chunk_start(columns, first_row, first_column);
 #pragma unroll
         for (int i = 0; i < CHUNK / GROUP / THREADS; i++) {
-            int at = (i * THREADS + threadIdx.x) * GROUP;
+            const unsigned at = (i * THREADS + threadIdx.x) * GROUP;
             if (at < count) {
-                unsigned row = (first_column + at) / unsigned(columns);
-                unsigned column = (first_column + at) - row * columns;
+                unsigned row = first_row, column = first_column;
+                move_on(at, columns, row, column);
                 float values[GROUP];
-                unpack(load(stored + start + at), values);
-                store(out + (first_row + row) * out_stride + column, pack<T>(values));
+                unpack(load(stored + at), values);
+                store(out + row * size_t(out_stride) + column, pack<T>(values));
             }
         }
     } else {
-        for (int at = threadIdx.x; at < count; at += THREADS) {
-            unsigned row = (first_column + at) / unsigned(columns);
-            unsigned column = (first_column + at) - row * columns;
-            out[(first_row + row) * out_stride + column] = from_f32<T>(to_f32(stored[start + at]));
+        for (unsigned at = threadIdx.x; at < count; at += THREADS) {
+            const size_t index = size_t(blockIdx.x) * CHUNK + at, row = index / unsigned(columns);
+            out[row * out_stride + (index - row * columns)] = from_f32<T>(to_f32(stored[at]));
         }
     }
 }

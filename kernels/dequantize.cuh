@@ -35,32 +35,49 @@ __device__ __forceinline__ float load_half(const uint8_t* at) {
     return to_f32(*reinterpret_cast<const f16*>(at));
 }
 
-// The bytes as floats, less `bias`, exactly: a float of 2^23 + b holds the byte b in its lowest bits.
-__device__ __forceinline__ void bytes_to_floats(uint2 bytes, float bias, float (&values)[GROUP]) {
-#pragma unroll
-    for (int i = 0; i < GROUP; i++) {
-        uint32_t word = i < 4 ? bytes.x : bytes.y;
-        values[i] = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7650 | (i & 3))) - (8388608.0f + bias);
-    }
-}
-
 // The lower (shift 0) or upper (shift 4) halves of eight bytes, or any bits that `mask` leaves.
 __device__ __forceinline__ uint2 shift_and_mask(uint2 bytes, int shift, uint32_t mask) {
     return make_uint2(bytes.x >> shift & mask, bytes.y >> shift & mask);
 }
 
-// Products and sums are rounded one by one, as the CPU rounds them: never contracted to fused operations.
-__device__ __forceinline__ void scale_values(float (&values)[GROUP], float scale) {
+// v = scale (q - bias) + term for eight bytes q. A scale has 19 bits at most and a level 8, so that their product is exact in f32 and
+// one fused operation rounds as the CPU's two do.
+//
+// A float whose second byte from above is q < 128 below the bits of 128.0 is 128 + q; one whose third is q below those of 2^15 is
+// 2^15 + q. What has no term is then one operation a value: (base + bias) scale is exact too.
+template <bool WHOLE_BYTES>
+__device__ __forceinline__ void scale_bytes(uint2 bytes, float scale, float bias, float (&values)[GROUP]) {
+    constexpr float BASE = WHOLE_BYTES ? 32768.0f : 128.0f;
+    const float below = -(BASE + bias) * scale;
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
-        values[i] = __fmul_rn(values[i], scale);
+        const uint32_t word = i < 4 ? bytes.x : bytes.y;
+        const uint32_t bits = WHOLE_BYTES ? __byte_perm(word, 0x47000000, 0x7604 | (i & 3) << 4) : __byte_perm(word, 0x43000000, 0x7054 | (i & 3) << 8);
+        values[i] = fmaf(__uint_as_float(bits), scale, below);
     }
 }
 
-__device__ __forceinline__ void scale_and_add(float (&values)[GROUP], float scale, float term) {
+__device__ __forceinline__ void scale_and_add(uint2 bytes, float scale, float term, float (&values)[GROUP]) {
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
-        values[i] = __fadd_rn(__fmul_rn(values[i], scale), term);
+        const uint32_t bits = __byte_perm(i < 4 ? bytes.x : bytes.y, 0x43000000, 0x7054 | (i & 3) << 8);
+        values[i] = fmaf(__uint_as_float(bits) - 128.0f, scale, term);
+    }
+}
+
+// The first row and column of what this block of threads writes of a matrix whose columns are a multiple of 8.
+__device__ __forceinline__ void chunk_start(int columns, unsigned& row, unsigned& column) {
+    const unsigned first_group = blockIdx.x * (CHUNK / GROUP), groups = unsigned(columns) / GROUP;
+    row = first_group / groups;
+    column = (first_group - row * groups) * GROUP;
+}
+
+// Row and column of a value `at` values further.
+__device__ __forceinline__ void move_on(unsigned at, int columns, unsigned& row, unsigned& column) {
+    column += at;
+    while (column >= unsigned(columns)) {
+        column -= columns;
+        row++;
     }
 }
 
@@ -71,6 +88,7 @@ __device__ __forceinline__ const uint8_t* stage(uint8_t* shared, const uint8_t* 
     int head = min((16 - shift) & 15, bytes);
     int whole = (bytes - head) / 16;
     int tail = bytes - head - 16 * whole;
+#pragma unroll 1
     for (int i = threadIdx.x; i < whole; i += THREADS) {
         reinterpret_cast<uint4*>(staged + head)[i] = __ldcs(reinterpret_cast<const uint4*>(source + head) + i);
     }
@@ -92,24 +110,35 @@ __device__ __forceinline__ const uint8_t* stage(uint8_t* shared, const uint8_t* 
 
 template <class Format, class T>
 __device__ __forceinline__ void dequantize(T* out, long long out_stride, const uint8_t* blocks, int rows, int columns) {
-    static_assert(CHUNK % Format::VALUES == 0, "a chunk is whole blocks");
-    __shared__ alignas(16) uint8_t shared[CHUNK / Format::VALUES * Format::BYTES + 16];
-    size_t start = size_t(blockIdx.x) * CHUNK;
-    int count = int(min(size_t(rows) * columns - start, size_t(CHUNK)));
-    size_t first_block = start / Format::VALUES;
-    const uint8_t* staged =
-        stage(shared, blocks + first_block * Format::BYTES, count / Format::VALUES * Format::BYTES);
-    size_t first_row = start / unsigned(columns);
-    unsigned first_column = unsigned(start - first_row * columns);
+    constexpr int CHUNK_BYTES = CHUNK / Format::VALUES * Format::BYTES;
+    static_assert(CHUNK % Format::VALUES == 0 && CHUNK_BYTES % 16 == 0, "a chunk is whole blocks and begins at 16 bytes");
+    __shared__ alignas(16) uint8_t shared[CHUNK_BYTES + 16];
+    const uint8_t* source = blocks + size_t(blockIdx.x) * CHUNK_BYTES;
+    unsigned count = CHUNK;
+    if (blockIdx.x < gridDim.x - 1) {
+#pragma unroll
+        for (int i = 0; i < (CHUNK_BYTES / 16 + THREADS - 1) / THREADS; i++) {
+            const int unit = i * THREADS + threadIdx.x;
+            if (CHUNK_BYTES / 16 % THREADS == 0 || unit < CHUNK_BYTES / 16) {
+                reinterpret_cast<uint4*>(shared)[unit] = __ldcs(reinterpret_cast<const uint4*>(source) + unit);
+            }
+        }
+        __syncthreads();
+    } else {
+        count = unsigned(size_t(rows) * columns - size_t(blockIdx.x) * CHUNK);
+        stage(shared, source, count / Format::VALUES * Format::BYTES);
+    }
+    unsigned first_row, first_column;
+    chunk_start(columns, first_row, first_column);
 #pragma unroll
     for (int i = 0; i < CHUNK / GROUP / THREADS; i++) {
-        int at = (i * THREADS + threadIdx.x) * GROUP;
+        const unsigned at = (i * THREADS + threadIdx.x) * GROUP;
         if (at < count) {
-            unsigned row = (first_column + at) / unsigned(columns);
-            unsigned column = (first_column + at) - row * columns;
+            unsigned row = first_row, column = first_column;
+            move_on(at, columns, row, column);
             float values[GROUP];
-            Format::decode(staged + at / Format::VALUES * Format::BYTES, at % Format::VALUES, values);
-            store(out + (first_row + row) * out_stride + column, pack<T>(values));
+            Format::decode(shared + at / Format::VALUES * Format::BYTES, at % Format::VALUES, values);
+            store(out + row * size_t(out_stride) + column, pack<T>(values));
         }
     }
 }
@@ -119,12 +148,12 @@ __device__ __forceinline__ void dequantize_rows(
     T* out, long long out_stride, const uint8_t* blocks, const int* row_index, int rows, int columns) {
     __shared__ alignas(16) uint8_t shared[CHUNK / Format::VALUES * Format::BYTES + 16];
     int start = blockIdx.y * CHUNK;
-    int count = min(columns - start, CHUNK);
+    const unsigned count = min(columns - start, CHUNK);
     size_t row_bytes = size_t(columns / Format::VALUES) * Format::BYTES;
     const uint8_t* source = blocks + size_t(row_index[blockIdx.x]) * row_bytes + size_t(start / Format::VALUES) * Format::BYTES;
     const uint8_t* staged = stage(shared, source, count / Format::VALUES * Format::BYTES);
     T* row = out + size_t(blockIdx.x) * out_stride + start;
-    for (int at = threadIdx.x * GROUP; at < count; at += THREADS * GROUP) {
+    for (unsigned at = threadIdx.x * GROUP; at < count; at += THREADS * GROUP) {
         float values[GROUP];
         Format::decode(staged + at / Format::VALUES * Format::BYTES, at % Format::VALUES, values);
         store(row + at, pack<T>(values));

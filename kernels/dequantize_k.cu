@@ -22,16 +22,13 @@ namespace {
 
 using namespace dequantization;
 
-// v = (d s) q - dmin m.
-__device__ __forceinline__ void scale_and_lower(float (&values)[GROUP], const uint8_t* d, int scale, int minimum) {
-    float step = __fmul_rn(load_half(d), float(scale));
-    float below = __fmul_rn(load_half(d + 2), float(minimum));
-    // A sum with the negated minimum is the difference, bit for bit.
-    scale_and_add(values, step, -below);
+// v = (d s) q - (dmin m) for the scales at `d`.
+__device__ __forceinline__ void scale_and_lower(uint2 levels, const uint8_t* d, int scale, int minimum, float (&values)[GROUP]) {
+    scale_and_add(levels, load_half(d) * float(scale), -(load_half(d + 2) * float(minimum)), values);
 }
 
 // Scale and minimum of run `run` of 8: six bits each; those of runs 4 to 7 are in the unused bits of the others.
-__device__ __forceinline__ void scale_and_minimum(const uint8_t* packed, int run, int& scale, int& minimum) {
+__device__ __forceinline__ void scale_and_minimum(const uint8_t* packed, unsigned run, int& scale, int& minimum) {
     int first = packed[run & 3], second = packed[4 + (run & 3)], third = packed[8 + (run & 3)];
     scale = run < 4 ? first & 63 : (third & 15) | first >> 6 << 4;
     minimum = run < 4 ? second & 63 : third >> 4 | second >> 6 << 4;
@@ -39,65 +36,64 @@ __device__ __forceinline__ void scale_and_minimum(const uint8_t* packed, int run
 
 struct Q2_K {
     static constexpr int VALUES = 256, BYTES = 84;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
         uint2 levels = load_bytes<4>(block + 16 + first / 128 * 32 + first % 32);
-        bytes_to_floats(shift_and_mask(levels, first % 128 / 32 * 2, 0x03030303), 0.0f, values);
-        int scales = block[first / 16];
-        scale_and_lower(values, block + 80, scales & 15, scales >> 4);
+        levels = shift_and_mask(levels, first % 128 / 32 * 2, 0x03030303);
+        const int scales = block[first / 16];
+        scale_and_lower(levels, block + 80, scales & 15, scales >> 4, values);
     }
 };
 
 struct Q3_K {
     static constexpr int VALUES = 256, BYTES = 110;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
         uint2 low = load_bytes<2>(block + 32 + first / 128 * 32 + first % 32);
         uint2 high = load_bytes<2>(block + first % 32);
         low = shift_and_mask(low, first % 128 / 32 * 2, 0x03030303);
         high = shift_and_mask(high, first / 32, 0x01010101);
-        bytes_to_floats(make_uint2(low.x | high.x << 2, low.y | high.y << 2), 4.0f, values);
-        int run = first / 16;
-        int scale = (block[96 + run % 8] >> (run < 8 ? 0 : 4) & 15) | (block[104 + run % 4] >> run / 4 * 2 & 3) << 4;
-        scale_values(values, __fmul_rn(load_half(block + 108), float(scale - 32)));
+        const uint2 levels = make_uint2(low.x | high.x << 2, low.y | high.y << 2);
+        const unsigned run = first / 16;
+        const int scale = (block[96 + run % 8] >> (run < 8 ? 0 : 4) & 15) | (block[104 + run % 4] >> run / 4 * 2 & 3) << 4;
+        scale_bytes<false>(levels, load_half(block + 108) * float(scale - 32), 4.0f, values);
     }
 };
 
 struct Q4_K {
     static constexpr int VALUES = 256, BYTES = 144;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
-        int run = first / 32, scale, minimum;
-        uint2 levels = load_bytes<8>(block + 16 + run / 2 * 32 + first % 32);
-        bytes_to_floats(shift_and_mask(levels, run % 2 * 4, 0x0f0f0f0f), 0.0f, values);
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
+        const unsigned run = first / 32;
+        int scale, minimum;
         scale_and_minimum(block + 4, run, scale, minimum);
-        scale_and_lower(values, block, scale, minimum);
+        const uint2 levels = load_bytes<8>(block + 16 + run / 2 * 32 + first % 32);
+        scale_and_lower(shift_and_mask(levels, run % 2 * 4, 0x0f0f0f0f), block, scale, minimum, values);
     }
 };
 
 struct Q5_K {
     static constexpr int VALUES = 256, BYTES = 176;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
-        int run = first / 32, scale, minimum;
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
+        const unsigned run = first / 32;
+        int scale, minimum;
+        scale_and_minimum(block + 4, run, scale, minimum);
         uint2 low = load_bytes<8>(block + 48 + run / 2 * 32 + first % 32);
         uint2 high = load_bytes<8>(block + 16 + first % 32);
         low = shift_and_mask(low, run % 2 * 4, 0x0f0f0f0f);
         high = shift_and_mask(high, run, 0x01010101);
-        bytes_to_floats(make_uint2(low.x | high.x << 4, low.y | high.y << 4), 0.0f, values);
-        scale_and_minimum(block + 4, run, scale, minimum);
-        scale_and_lower(values, block, scale, minimum);
+        scale_and_lower(make_uint2(low.x | high.x << 4, low.y | high.y << 4), block, scale, minimum, values);
     }
 };
 
 struct Q6_K {
     static constexpr int VALUES = 256, BYTES = 210;
-    static __device__ __forceinline__ void decode(const uint8_t* block, int first, float (&values)[GROUP]) {
+    static __device__ __forceinline__ void decode(const uint8_t* block, unsigned first, float (&values)[GROUP]) {
         // Of 128 values, the four runs of 32 are the low halves of 64 bytes, then their high halves.
-        int half = first / 128, run = first % 128 / 32;
+        const unsigned half = first / 128, run = first % 128 / 32;
         uint2 low = load_bytes<2>(block + half * 64 + run % 2 * 32 + first % 32);
         uint2 high = load_bytes<2>(block + 128 + half * 32 + first % 32);
         low = shift_and_mask(low, run / 2 * 4, 0x0f0f0f0f);
         high = shift_and_mask(high, run * 2, 0x03030303);
-        bytes_to_floats(make_uint2(low.x | high.x << 4, low.y | high.y << 4), 32.0f, values);
-        int scale = int8_t(block[192 + first / 16]);
-        scale_values(values, __fmul_rn(load_half(block + 208), float(scale)));
+        const int scale = int8_t(block[192 + first / 16]);
+        scale_bytes<false>(make_uint2(low.x | high.x << 4, low.y | high.y << 4), load_half(block + 208) * float(scale), 32.0f, values);
     }
 };
 

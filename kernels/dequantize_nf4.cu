@@ -31,7 +31,7 @@ __constant__ float LEVELS[LEVEL_COUNT] = {
 
 struct Single {
     const float* absmax;
-    __device__ __forceinline__ float operator()(size_t block) const { return __ldg(absmax + block); }
+    __device__ __forceinline__ float operator()(unsigned block) const { return __ldg(absmax + block); }
 };
 
 struct Double {
@@ -39,7 +39,7 @@ struct Double {
     const float* code_map;
     const float* nested_absmax;
     float offset;
-    __device__ __forceinline__ float operator()(size_t block) const {
+    __device__ __forceinline__ float operator()(unsigned block) const {
         float scaled = __fmul_rn(__ldg(code_map + __ldg(codes + block)), __ldg(nested_absmax + block / NESTED_BLOCK));
         return __fadd_rn(scaled, offset);
     }
@@ -51,47 +51,47 @@ __device__ __forceinline__ void dequantize_nf4(
     constexpr int GROUPS = CHUNK / GROUP / THREADS;
     // Sixteen words lie in sixteen banks: any two lanes read other banks or the same word.
     __shared__ float levels[LEVEL_COUNT];
-    size_t start = size_t(blockIdx.x) * CHUNK;
-    int count = int(min(size_t(rows) * columns - start, size_t(CHUNK)));
-    bool whole_groups = columns % GROUP == 0;
+    const size_t start = size_t(blockIdx.x) * CHUNK;
+    const unsigned count = unsigned(min(size_t(rows) * columns - start, size_t(CHUNK)));
+    packed += start / 2;
+    const bool whole_groups = columns % GROUP == 0;
     uint32_t codes[GROUPS];
     float factors[GROUPS];
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) {
-        int at = (i * THREADS + threadIdx.x) * GROUP;
+        const unsigned at = (i * THREADS + threadIdx.x) * GROUP;
         if (whole_groups && at < count) {
-            codes[i] = __ldcs(reinterpret_cast<const uint32_t*>(packed + start / 2) + at / GROUP);
-            factors[i] = absmax((start + at) / BLOCK);
+            codes[i] = __ldcs(reinterpret_cast<const uint32_t*>(packed) + at / GROUP);
+            factors[i] = absmax(blockIdx.x * (CHUNK / BLOCK) + at / BLOCK);
         }
     }
     if (threadIdx.x < LEVEL_COUNT) {
         levels[threadIdx.x] = LEVELS[threadIdx.x];
     }
     __syncthreads();
-    size_t first_row = start / unsigned(columns);
-    unsigned first_column = unsigned(start - first_row * columns);
     if (whole_groups) {
+        unsigned first_row, first_column;
+        chunk_start(columns, first_row, first_column);
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
-            int at = (i * THREADS + threadIdx.x) * GROUP;
+            const unsigned at = (i * THREADS + threadIdx.x) * GROUP;
             if (at < count) {
-                unsigned row = (first_column + at) / unsigned(columns);
-                unsigned column = (first_column + at) - row * columns;
+                unsigned row = first_row, column = first_column;
+                move_on(at, columns, row, column);
                 float values[GROUP];
 #pragma unroll
                 for (int j = 0; j < GROUP; j++) {
-                    values[j] = levels[codes[i] >> (4 * (j ^ 1)) & 15];
+                    values[j] = levels[codes[i] >> (4 * (j ^ 1)) & 15] * factors[i];
                 }
-                scale_values(values, factors[i]);
-                store(out + (first_row + row) * out_stride + column, pack<T>(values));
+                store(out + row * size_t(out_stride) + column, pack<T>(values));
             }
         }
     } else {
-        for (int at = threadIdx.x; at < count; at += THREADS) {
-            unsigned row = (first_column + at) / unsigned(columns);
-            unsigned column = (first_column + at) - row * columns;
-            int code = packed[(start + at) / 2] >> (at % 2 == 0 ? 4 : 0) & 15;
-            out[(first_row + row) * out_stride + column] = from_f32<T>(__fmul_rn(levels[code], absmax((start + at) / BLOCK)));
+        for (unsigned at = threadIdx.x; at < count; at += THREADS) {
+            const size_t row = (start + at) / unsigned(columns);
+            const int code = packed[at / 2] >> (at % 2 == 0 ? 4 : 0) & 15;
+            const float value = levels[code] * absmax(blockIdx.x * (CHUNK / BLOCK) + at / BLOCK);
+            out[row * out_stride + (start + at - row * columns)] = from_f32<T>(value);
         }
     }
 }

@@ -85,76 +85,94 @@ extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
 
 namespace {
 
-// Which columns of the small operand are not zero in rows begin .. begin + STEP of the block-diagonal s B.
-struct Diagonal {
-    int outputs[MAX_PROJECTIONS];
-    int count, padded_rank;
+// Where the columns of a projection lie in a tall matrix, and the small matrix that they are multiplied with.
+struct Product {
+    const bf16* tall;
+    long long tall_stride;
+    // The first column is a multiple of 8.
+    int first_column, end_column;
+    const bf16* small;
+    long long small_stride;
+    int tokens;
 };
 
-__device__ __forceinline__ void columns_of_step(const Diagonal& diagonal, int begin, const Pass& pass, int& from, int& to) {
-    int first = 0, low = pass.width, high = 0;
-    for (int p = 0; p < diagonal.count; p++) {
-        const int last = first + diagonal.outputs[p];
-        if (first < begin + STEP && last > begin) {
-            low = min(low, p * diagonal.padded_rank - pass.first);
-            high = max(high, (p + 1) * diagonal.padded_rank - pass.first);
-        }
-        first = last;
+// Two places for one result; the second may be null.
+struct Places {
+    bf16* first;
+    long long first_stride;
+    bf16* second;
+    long long second_stride;
+};
+
+__device__ __forceinline__ void write(const Places& places, int row, int column, const float (&values)[GROUP]) {
+    bf16* to = places.first + row * size_t(places.first_stride) + column;
+    store_part(to, GROUP, is_aligned(to), values);
+    if (places.second != nullptr) {
+        to = places.second + row * size_t(places.second_stride) + column;
+        store_part(to, GROUP, is_aligned(to), values);
     }
-    from = max(low, 0) / GROUP;
-    to = min(high, pass.width) / GROUP;
 }
 
-// small (tokens, width) = tall[:, :columns] B, to `compact` and to the columns of `tall` behind them. B (columns, width) is read as its
-// transpose (width, columns) for u; for du as it is, but for the zeros beside its blocks.
-template <bool IS_DU>
-__device__ __forceinline__ void project(bf16* compact, long long compact_stride, bf16* tall, long long tall_stride, const bf16* b,
-                                        long long b_stride, const Diagonal& diagonal, int tokens, int columns, int width) {
+// tall[:, first_column:end_column] small^T for small (width, columns) with `TRANSPOSED` false; tall[...] small for small (columns, width)
+// with true. Of the result, `width` columns are written.
+template <int GROUPS, bool TRANSPOSED>
+__device__ __forceinline__ void project(const Places& places, const Product& product, int tile, int width) {
     extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int TALL_UNITS = row_units(STEP), UNITS = STEP / GROUP;
+    constexpr int SMALL_ROWS = TRANSPOSED ? STEP : GROUPS * GROUP, SMALL_UNITS = TRANSPOSED ? row_units(GROUPS * GROUP) : TALL_UNITS;
+    constexpr int STAGE_BYTES = 16 * (TILE_PART * TALL_UNITS + SMALL_ROWS * SMALL_UNITS);
+    constexpr int ROWS_AT_ONCE = LORA_THREADS / UNITS;
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    const Pass pass = pass_of(blockIdx.y, width);
-    const int tile_row = blockIdx.y / pass.count * TILE;
-    const int first_row = TILE_PART == TILE ? tile_row : tile_row + part_of_tile() * TILE_PART;
-    constexpr int TALL_UNITS = row_units(STEP);
-    const int b_units = IS_DU ? row_units(pass.stride) : TALL_UNITS;
-    const int stage_bytes = 16 * (TILE_PART * TALL_UNITS + (IS_DU ? STEP : pass.stride) * b_units);
+    const int first_row = TILE_PART == TILE ? tile * TILE : tile * TILE + part_of_tile() * TILE_PART;
+    const int end_column = product.end_column;
     const uint32_t base = shared_address(shared);
-    const bool b_aligned = is_aligned(b);
+    const bool small_aligned = is_aligned(product.small);
     int begin, end;
-    own_steps((columns + STEP - 1) / STEP, begin, end);
+    own_steps((end_column - product.first_column + STEP - 1) / STEP, begin, end);
 
+    // A thread copies one unit of every ROWS_AT_ONCE-th row. Rows beyond the last are copies of it: their results are not written.
+    const int own_unit = thread % UNITS, own_row = thread / UNITS;
+    const bf16* tall_rows[(TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < (TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+        const int row = min(first_row + own_row + i * ROWS_AT_ONCE, product.tokens - 1);
+        tall_rows[i] = product.tall + row * size_t(product.tall_stride) + own_unit * GROUP;
+    }
     const auto load_step = [&](int step) {
-        const uint32_t stage = base + (step - begin) % STAGES * stage_bytes;
-        const int first = step * STEP;
-        for (int i = thread; i < TILE_PART * (STEP / GROUP); i += LORA_THREADS) {
-            const int row = i / (STEP / GROUP), unit = i % (STEP / GROUP), column = first + unit * GROUP;
-            const int left = first_row + row < tokens ? columns - column : 0;
-            const bf16* from = left > 0 ? tall + size_t(first_row + row) * tall_stride + column : tall;
-            copy_group(stage + 16 * (row * TALL_UNITS + unit), from, left);
+        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE_PART * TALL_UNITS;
+        const int column = product.first_column + step * STEP, left = end_column - column - own_unit * GROUP;
+#pragma unroll
+        for (int i = 0; i < (TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+            const int row = own_row + i * ROWS_AT_ONCE;
+            if (TILE_PART % ROWS_AT_ONCE == 0 || row < TILE_PART) {
+                copy_group(stage + 16 * (row * TALL_UNITS + own_unit), left > 0 ? tall_rows[i] + column : product.tall, left);
+            }
         }
-        const uint32_t stage_b = stage + 16 * TILE_PART * TALL_UNITS;
-        if (IS_DU) {
-            int from_tile, to_tile;
-            columns_of_step(diagonal, first, pass, from_tile, to_tile);
-            const int tiles = to_tile - from_tile;
-            for (int i = thread; i < STEP * tiles; i += LORA_THREADS) {
-                const int row = i / tiles, unit = from_tile + i % tiles;
-                const int left = first + row < columns ? GROUP : 0;
-                const bf16* from = left > 0 ? b + size_t(first + row) * b_stride + pass.first + unit * GROUP : b;
-                const uint32_t to = stage_b + 16 * (row * b_units + unit);
-                b_aligned ? copy_group(to, from, left) : copy_unaligned(to, from, left);
+        if constexpr (TRANSPOSED) {
+#pragma unroll
+            for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
+                const int index = i * LORA_THREADS + thread, row = index / GROUPS, unit = index % GROUPS;
+                const bool is_there = column + row < end_column && unit * GROUP < width;
+                const bf16* from = product.small + (is_there ? (column + row) * size_t(product.small_stride) + unit * GROUP : 0);
+                const uint32_t to = stage_small + 16 * (row * SMALL_UNITS + unit);
+                if (index < STEP * GROUPS) {
+                    small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
+                }
             }
         } else {
-            for (int i = thread; i < pass.width * (STEP / GROUP); i += LORA_THREADS) {
-                const int row = i / (STEP / GROUP), unit = i % (STEP / GROUP), column = first + unit * GROUP;
-                const int left = columns - column;
-                const bf16* from = left > 0 ? b + size_t(pass.first + row) * b_stride + column : b;
-                copy_group(stage_b + 16 * (row * b_units + unit), from, left);
+#pragma unroll
+            for (int i = 0; i < (SMALL_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+                const int row = own_row + i * ROWS_AT_ONCE;
+                const bool is_there = row < width && left > 0;
+                const bf16* from = product.small + (is_there ? row * size_t(product.small_stride) + column + own_unit * GROUP : 0);
+                if (row < SMALL_ROWS) {
+                    copy_group(stage_small + 16 * (row * SMALL_UNITS + own_unit), from, is_there ? left : 0);
+                }
             }
         }
     };
 
-    float sums[MAX_WIDTH / GROUP][4] = {};
+    float sums[GROUPS][4] = {};
     for (int step = begin; step < begin + STAGES - 1; step++) {
         if (step < end) {
             load_step(step);
@@ -171,31 +189,28 @@ __device__ __forceinline__ void project(bf16* compact, long long compact_stride,
         if (warp * 16 >= TILE_PART) {
             continue;
         }
-        const uint32_t stage = base + (step - begin) % STAGES * stage_bytes;
-        const uint32_t stage_b = stage + 16 * TILE_PART * TALL_UNITS;
-        uint32_t left[STEP / 16][4];
+        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE_PART * TALL_UNITS;
 #pragma unroll
-        for (int k = 0; k < STEP / 16; k++) {
-            load_matrices(left[k], stage + 16 * ((warp * 16 + lane % 16) * TALL_UNITS + 2 * k + lane / 16));
-        }
-        int from_tile = 0, to_tile = pass.width / GROUP;
-        if (IS_DU) {
-            columns_of_step(diagonal, step * STEP, pass, from_tile, to_tile);
-        }
+        for (int half = 0; half < STEP / 32; half++) {
+            uint32_t left[2][4];
+            load_matrices(left[0], stage + 16 * ((warp * 16 + lane % 16) * TALL_UNITS + 4 * half + lane / 16));
+            load_matrices(left[1], stage + 16 * ((warp * 16 + lane % 16) * TALL_UNITS + 4 * half + 2 + lane / 16));
+            uint32_t right[GROUPS][4];
 #pragma unroll
-        for (int tile = 0; tile < MAX_WIDTH / GROUP; tile++) {
-            if (tile >= from_tile && tile < to_tile) {
-#pragma unroll
-                for (int half = 0; half < STEP / 32; half++) {
-                    uint32_t right[4];
-                    if (IS_DU) {
-                        load_transposed(right, stage_b + 16 * ((half * 32 + lane) * b_units + tile));
-                    } else {
-                        load_matrices(right, stage_b + 16 * ((tile * GROUP + lane % 8) * b_units + half * 4 + lane / 8));
-                    }
-                    multiply(sums[tile], left[2 * half], right[0], right[1]);
-                    multiply(sums[tile], left[2 * half + 1], right[2], right[3]);
+            for (int group = 0; group < GROUPS; group++) {
+                if (TRANSPOSED) {
+                    load_transposed(right[group], stage_small + 16 * ((half * 32 + lane) * SMALL_UNITS + group));
+                } else {
+                    load_matrices(right[group], stage_small + 16 * ((group * GROUP + lane % 8) * SMALL_UNITS + half * 4 + lane / 8));
                 }
+            }
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                multiply(sums[group], left[0], right[group][0], right[group][1]);
+            }
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                multiply(sums[group], left[1], right[group][2], right[group][3]);
             }
         }
     }
@@ -203,29 +218,23 @@ __device__ __forceinline__ void project(bf16* compact, long long compact_stride,
     // The sums of the blocks meet where the stages were.
     await_copies<0>();
     __syncthreads();
+    constexpr int WIDTH = GROUPS * GROUP;
     float* parts = reinterpret_cast<float*>(shared);
     if (warp * 16 < TILE_PART) {
 #pragma unroll
-        for (int tile = 0; tile < MAX_WIDTH / GROUP; tile++) {
-            if (tile < pass.width / GROUP) {
-                float* to = parts + (warp * 16 + lane / 4) * pass.width + tile * GROUP + lane % 4 * 2;
-                *reinterpret_cast<float2*>(to) = make_float2(sums[tile][0], sums[tile][1]);
-                *reinterpret_cast<float2*>(to + 8 * pass.width) = make_float2(sums[tile][2], sums[tile][3]);
-            }
+        for (int group = 0; group < GROUPS; group++) {
+            float* to = parts + (warp * 16 + lane / 4) * WIDTH + group * GROUP + lane % 4 * 2;
+            *reinterpret_cast<float2*>(to) = make_float2(sums[group][0], sums[group][1]);
+            *reinterpret_cast<float2*>(to + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
         }
     }
     sync_tile();
-    const int own_row = TILE_PART == TILE ? part_of_tile() * (TILE / SPLIT) : 0, groups = pass.width / GROUP;
-    for (int i = thread; i < TILE / SPLIT * groups; i += LORA_THREADS) {
-        const int row = own_row + i / groups, column = i % groups * GROUP;
-        if (first_row + row < tokens) {
-            const float4 low = total(parts + row * pass.width + column), high = total(parts + row * pass.width + column + 4);
-            const float values[GROUP] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            bf16* behind = tall + size_t(first_row + row) * tall_stride + columns + pass.first + column;
-            store_part(behind, GROUP, columns % GROUP == 0, values);
-            if (compact != nullptr) {
-                store(compact + size_t(first_row + row) * compact_stride + pass.first + column, pack<bf16>(values));
-            }
+    const int first_own = TILE_PART == TILE ? part_of_tile() * (TILE / SPLIT) : 0;
+    for (int i = thread; i < TILE / SPLIT * GROUPS; i += LORA_THREADS) {
+        const int row = first_own + i / GROUPS, column = i % GROUPS * GROUP;
+        if (first_row + row < product.tokens && column < width) {
+            const float4 low = total(parts + row * WIDTH + column), high = total(parts + row * WIDTH + column + 4);
+            write(places, first_row + row, column, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
         }
     }
     // A block's shared memory stays until all have read it.
@@ -234,73 +243,82 @@ __device__ __forceinline__ void project(bf16* compact, long long compact_stride,
 
 }  // namespace
 
-// u (tokens, width) = x[:, :columns] a^T, to `u` where it is not null and to x[:, columns:]. a (width, columns): the bottom rows of w_ext;
+// u (tokens, width) = x a^T, to `u` and, where it is not null, to `u_kept`. x (tokens, columns); a (width, columns): the bottom rows of w_ext;
 // width = P R, a multiple of 8.
-// Launch rule: passes = ceil(width / 96), pass_width = ceil(width / 8 / passes) * 8, rows = 128 (32 before Hopper);
-// grid (4, ceil(tokens / 128) * passes), block (256), shared bytes 4 * 144 * (rows + pass_width).
+// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, rows = TILE (TILE / SPLIT
+// before Hopper); grid (SPLIT, ceil(tokens / TILE) * passes), block (2 * TILE), shared bytes STAGES * 144 * (rows + 8 * groups).
 extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
-    lora_u_bf16(bf16* u, long long u_stride, bf16* x, long long x_stride, const bf16* a, long long a_stride, int tokens, int columns,
-                int width) {
-    project<false>(u, u_stride, x, x_stride, a, a_stride, {}, tokens, columns, width);
+    lora_u_bf16(bf16* u, long long u_stride, bf16* u_kept, long long kept_stride, const bf16* x, long long x_stride, const bf16* a,
+                long long a_stride, int tokens, int columns, int width) {
+    const Pass pass = pass_of(blockIdx.y, width);
+    const Product product = {x, x_stride, 0, columns, a + pass.first * size_t(a_stride), a_stride, tokens};
+    const Places places = {u + pass.first, u_stride, u_kept == nullptr ? nullptr : u_kept + pass.first, kept_stride};
+    with_groups(pass.groups, [&](auto groups) {
+        project<decltype(groups)::value, false>(places, product, blockIdx.y / pass.count, pass.width);
+    });
 }
 
-// du (tokens, P R) = dy[:, :N] sb, to `du` where it is not null and to dy[:, N:]. sb (N, P R): the top right of w_ext.
-// Launch rule: as lora_u_bf16 with width = P R, but shared bytes 4 * (144 * rows + 1024 * (pass_width / 8 | 1)).
+// du_p = dy_p (s B_p), as lora_u_bf16. dy (tokens, N); sb (N, P R): the top right of w_ext. `projections` tells their outputs.
+// Launch rule: as lora_u_bf16 with width = padded_rank, but grid (SPLIT, ceil(tokens / TILE) * P * passes) and shared bytes
+// STAGES * 16 * (9 * rows + 64 * (groups + 1)).
 extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
-    lora_du_bf16(bf16* du, long long du_stride, bf16* dy, long long dy_stride, const bf16* sb, long long sb_stride,
-                 const __grid_constant__ LoraGroup group, int tokens, int padded_rank) {
-    Diagonal diagonal = {{}, group.count, padded_rank};
-    int columns = 0;
-    for (int p = 0; p < group.count; p++) {
-        diagonal.outputs[p] = group.outputs[p];
-        columns += group.outputs[p];
+    lora_du_bf16(bf16* du, long long du_stride, bf16* du_kept, long long kept_stride, const bf16* dy, long long dy_stride, const bf16* sb,
+                 long long sb_stride, const __grid_constant__ LoraGroup projections, int tokens, int padded_rank) {
+    const Pass pass = pass_of(blockIdx.y, padded_rank);
+    const int tiles = (tokens + TILE - 1) / TILE, index = blockIdx.y / pass.count, p = index / tiles;
+    int first = 0;
+    for (int i = 0; i < p; i++) {
+        first += projections.outputs[i];
     }
-    project<true>(du, du_stride, dy, dy_stride, sb, sb_stride, diagonal, tokens, columns, group.count * padded_rank);
+    // Where a projection begins between two multiples of 8, what stands before it in its columns of sb is 0.
+    const int column = p * padded_rank + pass.first;
+    const Product product = {dy, dy_stride, first / GROUP * GROUP, first + projections.outputs[p], sb + column, sb_stride, tokens};
+    const Places places = {du + column, du_stride, du_kept == nullptr ? nullptr : du_kept + column, kept_stride};
+    with_groups(pass.groups, [&](auto groups) {
+        project<decltype(groups)::value, true>(places, product, index - p * tiles, pass.width);
+    });
 }
 
 // As lora_u_bf16. Launch rule: grid (tokens), block (256).
-extern "C" __global__ void __launch_bounds__(LORA_THREADS)
-    lora_u_f32(float* u, long long u_stride, float* x, long long x_stride, const float* a, long long a_stride, int tokens, int columns,
-               int width) {
-    float* row = x + blockIdx.x * size_t(x_stride);
-    for (int r = threadIdx.x / WARP; r < width; r += LORA_THREADS / WARP) {
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
+    lora_u_f32(float* u, long long u_stride, float* u_kept, long long kept_stride, const float* x, long long x_stride, const float* a,
+               long long a_stride, int tokens, int columns, int width) {
+    const float* row = x + blockIdx.x * size_t(x_stride);
+    for (int r = threadIdx.x / WARP; r < width; r += FLAT_THREADS / WARP) {
         float sum = 0.0f;
         for (int k = threadIdx.x % WARP; k < columns; k += WARP) {
             sum += row[k] * a[r * size_t(a_stride) + k];
         }
         sum = warp_sum(sum);
         if (threadIdx.x % WARP == 0) {
-            row[columns + r] = sum;
-            if (u != nullptr) {
-                u[blockIdx.x * size_t(u_stride) + r] = sum;
+            u[blockIdx.x * size_t(u_stride) + r] = sum;
+            if (u_kept != nullptr) {
+                u_kept[blockIdx.x * size_t(kept_stride) + r] = sum;
             }
         }
     }
 }
 
 // As lora_du_bf16. Launch rule: grid (tokens), block (256).
-extern "C" __global__ void __launch_bounds__(LORA_THREADS)
-    lora_du_f32(float* du, long long du_stride, float* dy, long long dy_stride, const float* sb, long long sb_stride,
-                const __grid_constant__ LoraGroup group, int tokens, int padded_rank) {
-    float* row = dy + blockIdx.x * size_t(dy_stride);
-    int columns = 0;
-    for (int p = 0; p < group.count; p++) {
-        columns += group.outputs[p];
-    }
-    for (int r = threadIdx.x / WARP; r < group.count * padded_rank; r += LORA_THREADS / WARP) {
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
+    lora_du_f32(float* du, long long du_stride, float* du_kept, long long kept_stride, const float* dy, long long dy_stride,
+                const float* sb, long long sb_stride, const __grid_constant__ LoraGroup projections, int tokens, int padded_rank) {
+    const float* row = dy + blockIdx.x * size_t(dy_stride);
+    for (int r = threadIdx.x / WARP; r < projections.count * padded_rank; r += FLAT_THREADS / WARP) {
+        const int p = r / padded_rank;
         int first = 0;
-        for (int p = 0; p < r / padded_rank; p++) {
-            first += group.outputs[p];
+        for (int i = 0; i < p; i++) {
+            first += projections.outputs[i];
         }
         float sum = 0.0f;
-        for (int n = first + threadIdx.x % WARP; n < first + group.outputs[r / padded_rank]; n += WARP) {
+        for (int n = first + threadIdx.x % WARP; n < first + projections.outputs[p]; n += WARP) {
             sum += row[n] * sb[n * size_t(sb_stride) + r];
         }
         sum = warp_sum(sum);
         if (threadIdx.x % WARP == 0) {
-            row[columns + r] = sum;
-            if (du != nullptr) {
-                du[blockIdx.x * size_t(du_stride) + r] = sum;
+            du[blockIdx.x * size_t(du_stride) + r] = sum;
+            if (du_kept != nullptr) {
+                du_kept[blockIdx.x * size_t(kept_stride) + r] = sum;
             }
         }
     }

@@ -1,34 +1,43 @@
 // What lora.cu and lora_gradient.cu share: the structs of a group, and the pipeline from device memory to the tensor cores.
 //
-// Both kinds of product stream a tall matrix once. Four blocks share a tile of the result and split the sum: on Hopper they are a
-// cluster, add their parts through distributed shared memory in a fixed order, and the tile may be large; elsewhere each of the four
-// takes a quarter of the tile and the whole sum.
+// Both kinds of product stream a tall matrix once. The blocks of a tile of the result split the sum: on Hopper they are a cluster, add their
+// parts through distributed shared memory in a fixed order, and the tile may be large; elsewhere each takes a part of the tile and the
+// whole sum.
 
 #pragma once
 
 #include "common.cuh"
 
 constexpr int MAX_PROJECTIONS = 3;
-// Blocks of a cluster, all with one tile of the result.
-constexpr int SPLIT = 4;
-// Rows (or columns) of a result tile; of them a block sums TILE_PART.
-constexpr int TILE = 128;
+#ifndef LSPLIT
+#define LSPLIT 4
+#endif
+#ifndef LTILE
+#define LTILE 128
+#endif
+#ifndef LSTEP
+#define LSTEP 64
+#endif
+#ifndef LSTAGES
+#define LSTAGES 4
+#endif
+// Blocks that share a tile of the result.
+constexpr int SPLIT = LSPLIT;
+// Rows (or columns) of the tall matrix in a tile; of them a block sums TILE_PART.
+constexpr int TILE = LTILE;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int TILE_PART = TILE / SPLIT;
-#else
-constexpr int TILE_PART = TILE;
-#endif
-// Depth of a step of the sum, and steps that are on their way at a time.
-constexpr int STEP = 64, STAGES = 4;
-// Columns of the small operand that a pass covers at most, so that its sums stay in registers.
-constexpr int MAX_WIDTH = 96;
-constexpr int LORA_THREADS = 256;
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define LORA_CLUSTER
 #else
+constexpr int TILE_PART = TILE;
 #define LORA_CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #endif
+// Depth of a step of the sum, and steps that are on their way at a time.
+constexpr int STEP = LSTEP, STAGES = LSTAGES;
+// Columns of the small operand that a pass covers at most, so that its sums stay in registers.
+constexpr int MAX_WIDTH = 96;
+// A warp has 16 rows (or columns) of a tile.
+constexpr int LORA_THREADS = TILE / 16 * WARP;
 
 namespace {
 
@@ -40,7 +49,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) { return uint
 // Copies 8 values to shared memory in the background; those from `left` on are 0. `from` is 16-byte aligned.
 __device__ __forceinline__ void copy_group(uint32_t to, const bf16* from, int left) {
     const int bytes = min(max(left, 0), GROUP) * int(sizeof(bf16));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // As copy_group, for any address, at once.
@@ -132,14 +141,37 @@ __device__ __forceinline__ float4 total(const float* own) {
 
 // Columns of a small operand of `width` that a pass covers: as many for each.
 struct Pass {
-    int count, first, width, stride;
+    int count, first, width;
+    // Groups of 8 columns that the kernel is compiled for.
+    int groups;
 };
 
 __device__ __forceinline__ Pass pass_of(int index, int width) {
-    const int count = (width + MAX_WIDTH - 1) / MAX_WIDTH;
-    const int stride = (width / GROUP + count - 1) / count * GROUP;
-    const int first = index % count * stride;
-    return {count, first, min(stride, width - first), stride};
+    const int count = (width + MAX_WIDTH - 1) / MAX_WIDTH, groups = (width / GROUP + count - 1) / count;
+    const int first = index % count * groups * GROUP;
+    return {count, first, min(groups * GROUP, width - first), groups <= 2 ? 2 : groups <= 4 ? 4 : groups <= 6 ? 6 : groups <= 8 ? 8 : 12};
+}
+
+template <int COUNT>
+struct Constant {
+    static constexpr int value = COUNT;
+};
+
+// Calls `run` with the pass's groups as a constant.
+template <typename Run>
+__device__ __forceinline__ void with_groups(int groups, const Run& run) {
+    switch (groups) {
+        case 2:
+            return run(Constant<2>{});
+        case 4:
+            return run(Constant<4>{});
+        case 6:
+            return run(Constant<6>{});
+        case 8:
+            return run(Constant<8>{});
+        default:
+            return run(Constant<12>{});
+    }
 }
 
 }  // namespace

@@ -221,7 +221,7 @@ impl Table {
     }
 
     /// Encodes a block and returns its factor.
-    fn encode_block(&self, values: &[f32], codes: &mut [u8]) -> f32 {
+    pub(crate) fn encode_block(&self, values: &[f32], codes: &mut [u8]) -> f32 {
         let factor = values.iter().fold(0f32, |max, value| max.max(value.abs()));
         let inverse = if factor > 0.0 { 1.0 / factor } else { 0.0 };
         for (code, value) in codes.iter_mut().zip(values) {

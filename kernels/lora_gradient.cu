@@ -1,0 +1,274 @@
+// Gradients of the LoRAs of a group of projections (names and shapes as in lora.cu).
+//
+//   dB_p (N_p, rank) += s_p dy_p^T u_p        dA_p (rank, K) += du_p^T x        sums over tokens
+// dy and x are read once, in tiles of 128 columns; gradients are f32.
+//
+// CPU twin: engine/src/model/linear.rs. Source: LoRA (2106.09685).
+
+#include "lora.cuh"
+
+// Where the gradients of a group stand: dB (outputs, rank) or dA (rank, K), null where a projection has none.
+// engine/src/ops/cuda/lora.rs holds the same struct.
+struct LoraGradient {
+    float* gradient[MAX_PROJECTIONS];
+    int rank[MAX_PROJECTIONS];
+    int outputs[MAX_PROJECTIONS];
+    // Of dB only.
+    float scale[MAX_PROJECTIONS];
+    int count;
+};
+
+// ---------------------------------------------------------------- device helpers
+
+namespace {
+
+// Columns of a tall matrix, and the small one that they are multiplied with, sums over tokens.
+struct Product {
+    const bf16* tall;
+    long long tall_stride;
+    // The first column is a multiple of 8; those from the end on are 0.
+    int first_column, end_column;
+    const bf16* small;
+    long long small_stride;
+    int tokens;
+};
+
+// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to its
+// shared memory: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use.
+template <int GROUPS, bool BY_RANK>
+__device__ __forceinline__ const float* sum_over_tokens(const Product& product, int width) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int TALL_UNITS = row_units(TILE_PART), UNITS = TILE_PART / GROUP, SMALL_UNITS = row_units(GROUPS * GROUP);
+    constexpr int STAGE_BYTES = 16 * STEP * (TALL_UNITS + SMALL_UNITS), ROWS_AT_ONCE = LORA_THREADS / UNITS;
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const uint32_t base = shared_address(shared);
+    int begin, end;
+    own_steps((product.tokens + STEP - 1) / STEP, begin, end);
+
+    const int own_unit = thread % UNITS, own_row = thread / UNITS;
+    const int column = product.first_column + (TILE_PART == TILE ? 0 : part_of_tile() * TILE_PART) + own_unit * GROUP;
+    const int left = product.end_column - column;
+    const auto load_step = [&](int step) {
+        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
+#pragma unroll
+        for (int i = 0; i < (STEP + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+            // Tokens beyond the last are copies of it here, and 0 in the small matrix.
+            const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, product.tokens - 1);
+            const bf16* from = product.tall + (left > 0 ? token * size_t(product.tall_stride) + column : 0);
+            if (STEP % ROWS_AT_ONCE == 0 || row < STEP) {
+                copy_group(stage + 16 * (row * TALL_UNITS + own_unit), from, left);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
+            const int index = i * LORA_THREADS + thread, row = index / GROUPS, unit = index % GROUPS, token = step * STEP + row;
+            const bool is_there = token < product.tokens && unit * GROUP < width;
+            const bf16* from = product.small + (is_there ? token * size_t(product.small_stride) + unit * GROUP : 0);
+            if (index < STEP * GROUPS) {
+                copy_group(stage_small + 16 * (row * SMALL_UNITS + unit), from, is_there ? GROUP : 0);
+            }
+        }
+    };
+
+    float sums[GROUPS][4] = {};
+    for (int step = begin; step < begin + STAGES - 1; step++) {
+        if (step < end) {
+            load_step(step);
+        }
+        commit_copies();
+    }
+    for (int step = begin; step < end; step++) {
+        await_copies<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < end) {
+            load_step(step + STAGES - 1);
+        }
+        commit_copies();
+        if (warp * 16 >= TILE_PART) {
+            continue;
+        }
+        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
+#pragma unroll
+        for (int half = 0; half < STEP / 32; half++) {
+            uint32_t left_low[4], left_high[4], right[GROUPS][4];
+            const int row = half * 32 + lane / 16 * 8 + lane % 8, unit = warp * 2 + lane / 8 % 2;
+            load_transposed(left_low, stage + 16 * (row * TALL_UNITS + unit));
+            load_transposed(left_high, stage + 16 * ((row + 16) * TALL_UNITS + unit));
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                load_transposed(right[group], stage_small + 16 * ((half * 32 + lane) * SMALL_UNITS + group));
+            }
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                multiply(sums[group], left_low, right[group][0], right[group][1]);
+            }
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                multiply(sums[group], left_high, right[group][2], right[group][3]);
+            }
+        }
+    }
+
+    // The sums of the blocks meet where the stages were.
+    await_copies<0>();
+    __syncthreads();
+    float* parts = reinterpret_cast<float*>(shared);
+    if (warp * 16 < TILE_PART) {
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int c = warp * 16 + lane / 4 + i / 2 * 8, r = group * GROUP + lane % 4 * 2 + i % 2;
+                parts[BY_RANK ? r * TILE_PART + c : c * GROUPS * GROUP + r] = sums[group][i];
+            }
+        }
+    }
+    sync_tile();
+    return parts;
+}
+
+// Columns of a tile that a block writes, and where they begin in the tile and among its own sums.
+constexpr int OWN_COLUMNS = TILE / SPLIT;
+__device__ __forceinline__ int own_in_tile() { return part_of_tile() * OWN_COLUMNS; }
+__device__ __forceinline__ int own_in_parts() { return TILE_PART == TILE ? own_in_tile() : 0; }
+
+// dB of a tile of columns, from rank `pass.first` on: `gradient` is the row of column 0.
+template <int GROUPS>
+__device__ __forceinline__ void add_db(float* gradient, int rank, float scale, const Product& product, int first_output, const Pass& pass) {
+    constexpr int WIDTH = GROUPS * GROUP, FOURS = WIDTH / 4;
+    const float* parts = sum_over_tokens<GROUPS, false>(product, pass.width);
+    for (int i = threadIdx.x; i < OWN_COLUMNS * FOURS; i += LORA_THREADS) {
+        const int c = i / FOURS, r = i % FOURS * 4, column = product.first_column + own_in_tile() + c, left = rank - pass.first - r;
+        if (column < first_output || column >= product.end_column || r >= pass.width || left <= 0) {
+            continue;
+        }
+        const float4 sum = total(parts + (own_in_parts() + c) * WIDTH + r);
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+        float* to = gradient + size_t(column - first_output) * rank + pass.first + r;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j < left) {
+                to[j] += scale * values[j];
+            }
+        }
+    }
+    sync_tile();
+}
+
+// dA of a tile of columns.
+template <int GROUPS>
+__device__ __forceinline__ void add_da(const LoraGradient& group, const Product& product, int padded_rank, const Pass& pass) {
+    constexpr int FOURS = OWN_COLUMNS / 4;
+    const float* parts = sum_over_tokens<GROUPS, true>(product, pass.width);
+    const int columns = product.end_column;
+    for (int i = threadIdx.x; i < pass.width * FOURS; i += LORA_THREADS) {
+        const int r = i / FOURS, c = i % FOURS * 4, column = product.first_column + own_in_tile() + c;
+        const int p = (pass.first + r) / padded_rank, row = pass.first + r - p * padded_rank;
+        if (group.gradient[p] == nullptr || row >= group.rank[p] || column >= columns) {
+            continue;
+        }
+        const float4 sum = total(parts + r * TILE_PART + own_in_parts() + c);
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+        float* to = group.gradient[p] + size_t(row) * columns + column;
+        if (column + 4 <= columns && is_aligned(to)) {
+            const float4 old = *reinterpret_cast<float4*>(to);
+            *reinterpret_cast<float4*>(to) = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (column + j < columns) {
+                    to[j] += values[j];
+                }
+            }
+        }
+    }
+    sync_tile();
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- kernels
+
+// dB_p += s_p dy_p^T u_p. dy (tokens, N); u (tokens, P R), projection p from column p * padded_rank on.
+// Launch rule: passes, groups and rows as for lora_u_bf16 with width = padded_rank; a projection whose outputs are columns f .. l of dy has
+// ceil((l - f / 8 * 8) / TILE) tiles; grid (SPLIT, tiles of all projections * passes), block (2 * TILE),
+// shared bytes STAGES * 1024 * ((rows / 8 | 1) + groups + 1).
+extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
+    lora_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
+                 int tokens, int padded_rank) {
+    const Pass pass = pass_of(blockIdx.y, padded_rank);
+    int p = 0, first = 0, tile = blockIdx.y / pass.count;
+    for (;; p++) {
+        const int tiles = (first % GROUP + group.outputs[p] + TILE - 1) / TILE;
+        if (tile < tiles) {
+            break;
+        }
+        tile -= tiles;
+        first += group.outputs[p];
+    }
+    // All blocks of the tile leave.
+    if (group.gradient[p] == nullptr) {
+        return;
+    }
+    const int first_column = first / GROUP * GROUP + tile * TILE;
+    const bf16* u_p = u + p * padded_rank + pass.first;
+    const Product product = {dy, dy_stride, first_column, first + group.outputs[p], u_p, u_stride, tokens};
+    with_groups(pass.groups, [&](auto groups) {
+        add_db<decltype(groups)::value>(group.gradient[p], group.rank[p], group.scale[p], product, first, pass);
+    });
+}
+
+// dA_p += du_p^T x. x (tokens, K = columns); du (tokens, P R), projection p from column p * padded_rank on.
+// Launch rule: as lora_db_bf16 with width = P R, but grid (SPLIT, ceil(columns / TILE) * passes).
+extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
+    lora_da_bf16(const __grid_constant__ LoraGradient group, const bf16* x, long long x_stride, const bf16* du, long long du_stride,
+                 int tokens, int columns, int padded_rank) {
+    const Pass pass = pass_of(blockIdx.y, group.count * padded_rank);
+    const int first_column = int(blockIdx.y) / pass.count * TILE;
+    const Product product = {x, x_stride, first_column, columns, du + pass.first, du_stride, tokens};
+    with_groups(pass.groups, [&](auto groups) { add_da<decltype(groups)::value>(group, product, padded_rank, pass); });
+}
+
+// As lora_db_bf16. Launch rule: ceil(N * padded_rank / 256) blocks of 256 threads.
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
+    lora_db_f32(const __grid_constant__ LoraGradient group, const float* dy, long long dy_stride, const float* u, long long u_stride,
+                int tokens, int padded_rank) {
+    int rows = 0;
+    for (int p = 0; p < group.count; p++) {
+        rows += group.outputs[p];
+    }
+    const size_t index = blockIdx.x * size_t(FLAT_THREADS) + threadIdx.x;
+    const int column = index % rows, r = index / rows;
+    if (r >= padded_rank) {
+        return;
+    }
+    int p = 0, first = 0;
+    while (column >= first + group.outputs[p]) {
+        first += group.outputs[p++];
+    }
+    if (group.gradient[p] == nullptr || r >= group.rank[p]) {
+        return;
+    }
+    float sum = 0.0f;
+    for (int t = 0; t < tokens; t++) {
+        sum += dy[t * size_t(dy_stride) + column] * u[t * size_t(u_stride) + p * padded_rank + r];
+    }
+    group.gradient[p][size_t(column - first) * group.rank[p] + r] += group.scale[p] * sum;
+}
+
+// As lora_da_bf16. Launch rule: ceil(K * P R / 256) blocks of 256 threads.
+extern "C" __global__ void __launch_bounds__(FLAT_THREADS)
+    lora_da_f32(const __grid_constant__ LoraGradient group, const float* x, long long x_stride, const float* du, long long du_stride,
+                int tokens, int columns, int padded_rank) {
+    const size_t index = blockIdx.x * size_t(FLAT_THREADS) + threadIdx.x;
+    const int column = index % columns, row = index / columns;
+    const int p = row / padded_rank, r = row - p * padded_rank;
+    if (p >= group.count || group.gradient[p] == nullptr || r >= group.rank[p]) {
+        return;
+    }
+    float sum = 0.0f;
+    for (int t = 0; t < tokens; t++) {
+        sum += du[t * size_t(du_stride) + row] * x[t * size_t(x_stride) + column];
+    }
+    group.gradient[p][size_t(r) * columns + column] += sum;
+}
