@@ -24,7 +24,7 @@ const BLOCK: usize = 256;
 /// Tensors with fewer values keep their moments in f32.
 const LEAST_VALUES: usize = 4096;
 
-static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
+pub(crate) static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
 static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
 
 /// Both moments of every parameter.
@@ -176,8 +176,8 @@ impl Part<'_> {
 }
 
 /// The values that codes stand for, in rising order.
-struct Table {
-    values: [f32; 256],
+pub(crate) struct Table {
+    pub(crate) values: [f32; 256],
     /// Between each value and the next: what lies below is nearer to the lower one.
     middles: [f32; 255],
 }

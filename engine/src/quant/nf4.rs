@@ -78,7 +78,8 @@ impl Nf4 {
     /// # Errors
     /// [`Error::Model`] where a part is not as long as the shape needs.
     pub fn new(packed: Vec<u8>, absmax: Absmax, (rows, columns): (usize, usize)) -> Result<Self> {
-        let values = rows.checked_mul(columns).ok_or_else(|| Error::Model(format!("{rows} × {columns} values overflow")))?;
+        let values =
+            rows.checked_mul(columns).ok_or_else(|| Error::Model(format!("{rows} × {columns} values overflow")))?;
         let blocks = values.div_ceil(BLOCK);
         let check = |what: &str, found: usize, needed: usize| {
             let message = || format!("an NF4 matrix of [{rows}, {columns}] needs {needed} {what}, got {found}");
@@ -142,7 +143,9 @@ impl Nf4 {
     pub fn stored_bytes(&self) -> usize {
         let factors = match &self.absmax {
             Absmax::Single(factors) => size_of_val(factors.as_slice()),
-            Absmax::Double { codes, map, nested, .. } => codes.len() + size_of_val(map.as_slice()) + size_of_val(nested.as_slice()),
+            Absmax::Double { codes, map, nested, .. } => {
+                codes.len() + size_of_val(map.as_slice()) + size_of_val(nested.as_slice())
+            }
         };
         self.packed.len() + factors
     }
@@ -297,8 +300,12 @@ mod tests {
             assert_eq!(codes, &bytes(&theirs.absmax_codes), "codes of factors of {shape:?}");
             assert!(ulps(*offset, their_offset) <= 1, "offset {offset} not {their_offset}");
             let nested_theirs = floats(&theirs.nested_absmax);
-            assert!(nested.iter().zip(&nested_theirs).all(|(a, b)| (a - b).abs() <= 1e-6), "{nested:?} not {nested_theirs:?}");
-            let absmax = Absmax::Double { codes: codes.clone(), map: map.clone(), nested: nested_theirs, offset: their_offset };
+            assert!(
+                nested.iter().zip(&nested_theirs).all(|(a, b)| (a - b).abs() <= 1e-6),
+                "{nested:?} not {nested_theirs:?}"
+            );
+            let absmax =
+                Absmax::Double { codes: codes.clone(), map: map.clone(), nested: nested_theirs, offset: their_offset };
             let read = Nf4::new(bytes(&theirs.packed), absmax, shape).unwrap();
             assert_eq!(every_31st(&read), floats(&theirs.every_31st_double), "values of {shape:?}, factors in 8 bits");
         }
@@ -355,7 +362,9 @@ mod tests {
             data.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
         };
         // Not q and k, whose rows stand in another order in GGUF.
-        for (theirs, ours) in [("mlp.gate_proj", "ffn_gate"), ("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")] {
+        for (theirs, ours) in
+            [("mlp.gate_proj", "ffn_gate"), ("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")]
+        {
             for layer in 0..5 {
                 let name = format!("model.layers.{layer}.{theirs}.weight");
                 let tensor = gguf.require_tensor(&format!("blk.{layer}.{ours}.weight")).unwrap();
@@ -371,12 +380,17 @@ mod tests {
                 let state: serde_json::Value = serde_json::from_slice(state.data()).unwrap();
                 let their_offset = state["nested_offset"].as_f64().unwrap() as f32;
                 let their_codes = checkpoint.tensor(&format!("{name}.absmax")).unwrap().data();
-                let Absmax::Double { codes, map, nested, offset } = quantized.absmax() else { panic!("double quantization") };
+                let Absmax::Double { codes, map, nested, offset } = quantized.absmax() else {
+                    panic!("double quantization")
+                };
                 assert!(ulps(*offset, their_offset) <= 1, "offset {offset} not {their_offset}");
                 assert_eq!(map, &floats(&format!("{name}.nested_quant_map")));
                 let their_nested = floats(&format!("{name}.nested_absmax"));
                 assert!((nested[0] - their_nested[0]).abs() <= 1e-6, "{nested:?} not {their_nested:?}");
-                eprintln!("{name}: {} codes differ of {}", codes.iter().zip(their_codes).filter(|(a, b)| a != b).count(), codes.len());
+                // Made on a CPU, whose coarse lookup misses the nearest by one now and then (scripts/golden/nf4.py).
+                let missed: Vec<u8> =
+                    codes.iter().zip(their_codes).map(|(a, b)| a.abs_diff(*b)).filter(|&by| by > 0).collect();
+                assert!(missed.len() * 20 <= codes.len() && missed.iter().all(|&by| by == 1), "{name}: {missed:?}");
 
                 let absmax = Absmax::Double {
                     codes: their_codes.to_vec(),
