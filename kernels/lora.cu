@@ -127,8 +127,9 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
     const int end_column = product.end_column;
     const uint32_t base = shared_address(shared);
     const bool small_aligned = is_aligned(product.small);
-    int begin, end;
-    own_steps((end_column - product.first_column + STEP - 1) / STEP, begin, end);
+    // The blocks of a tile take turns, so that together they read long runs of a row.
+    const int all_steps = (end_column - product.first_column + STEP - 1) / STEP, turn = TILE_PART == TILE ? SPLIT : 1;
+    const int own_turn = TILE_PART == TILE ? part_of_tile() : 0, begin = 0, end = (all_steps - own_turn + turn - 1) / turn;
 
     // A thread copies one unit of every ROWS_AT_ONCE-th row. Rows beyond the last are copies of it: their results are not written.
     const int own_unit = thread % UNITS, own_row = thread / UNITS;
@@ -140,7 +141,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
     }
     const auto load_step = [&](int step) {
         const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE_PART * TALL_UNITS;
-        const int column = product.first_column + step * STEP, left = end_column - column - own_unit * GROUP;
+        const int column = product.first_column + (step * turn + own_turn) * STEP, left = end_column - column - own_unit * GROUP;
 #pragma unroll
         for (int i = 0; i < (TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
             const int row = own_row + i * ROWS_AT_ONCE;

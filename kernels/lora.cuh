@@ -9,6 +9,9 @@
 #include "common.cuh"
 
 constexpr int MAX_PROJECTIONS = 3;
+#ifndef LPRE
+#define LPRE ""
+#endif
 #ifndef LSPLIT
 #define LSPLIT 4
 #endif
@@ -49,7 +52,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) { return uint
 // Copies 8 values to shared memory in the background; those from `left` on are 0. `from` is 16-byte aligned.
 __device__ __forceinline__ void copy_group(uint32_t to, const bf16* from, int left) {
     const int bytes = min(max(left, 0), GROUP) * int(sizeof(bf16));
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global" LPRE " [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // As copy_group, for any address, at once.

@@ -53,23 +53,7 @@ impl TryFrom<String> for Device {
     }
 }
 
-pub use crate::ops::cuda::CudaDevice;
-
-/// The GPUs that this build can train on; none where [`cuda_status`] is an error.
-pub fn cuda_devices() -> Vec<CudaDevice> {
-    crate::ops::cuda::devices().unwrap_or_default()
-}
-
-/// Whether this build can train on GPUs of this machine.
-///
-/// # Errors
-/// Why it cannot: a build without CUDA, no driver, no card.
-pub fn cuda_status() -> Result<(), String> {
-    match crate::ops::cuda::devices()?.is_empty() {
-        true => Err("the NVIDIA driver finds no GPU (CUDA_VISIBLE_DEVICES may hide them)".to_owned()),
-        false => Ok(()),
-    }
-}
+pub use crate::ops::cuda::{CudaDevice, devices as cuda_devices};
 
 #[cfg(test)]
 mod tests {

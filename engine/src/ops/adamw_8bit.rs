@@ -24,8 +24,8 @@ pub(super) const BLOCK: usize = 256;
 /// Tensors with fewer values keep their moments in f32.
 const LEAST_VALUES: usize = 4096;
 
-pub(super) static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
-pub(super) static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
+pub(crate) static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
+static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
 
 /// Both moments of every parameter.
 #[derive(Debug, Clone, PartialEq)]
@@ -176,8 +176,8 @@ impl Part<'_> {
 }
 
 /// The values that codes stand for, in rising order.
-pub(super) struct Table {
-    pub(super) values: [f32; 256],
+pub(crate) struct Table {
+    pub(crate) values: [f32; 256],
     /// Between each value and the next: what lies below is nearer to the lower one.
     pub(super) middles: [f32; 255],
 }
@@ -221,7 +221,7 @@ impl Table {
     }
 
     /// Encodes a block and returns its factor.
-    fn encode_block(&self, values: &[f32], codes: &mut [u8]) -> f32 {
+    pub(crate) fn encode_block(&self, values: &[f32], codes: &mut [u8]) -> f32 {
         let factor = values.iter().fold(0f32, |max, value| max.max(value.abs()));
         let inverse = if factor > 0.0 { 1.0 / factor } else { 0.0 };
         for (code, value) in codes.iter_mut().zip(values) {

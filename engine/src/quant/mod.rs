@@ -5,6 +5,7 @@
 
 mod k;
 mod lanes;
+mod nf4;
 mod search;
 mod small;
 mod widen;
@@ -16,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::{Error, Result};
 
+pub use nf4::{Absmax, Nf4};
 pub(crate) use small::dequantize_iq4_nl;
 pub(crate) use widen::widen;
 

@@ -124,11 +124,6 @@ impl State {
         self.checkpoint.header.step
     }
 
-    /// Type of the operands of products.
-    pub(super) fn compute(&self) -> Compute {
-        self.checkpoint.header.compute
-    }
-
     /// Tokens that had a loss so far.
     pub(super) fn trained_tokens(&self) -> u64 {
         self.checkpoint.header.trained_tokens

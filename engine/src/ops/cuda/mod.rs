@@ -5,20 +5,23 @@
 //! run time: where there is none, [`devices`] is empty and [`Gpu::new`] says why.
 #![expect(unsafe_code, reason = "the driver's interface is C: each call's pointers and sizes are checked before it")]
 
-pub(crate) mod adamw;
-pub(crate) mod adamw_8bit;
-pub(crate) mod add;
-pub(crate) mod cross_entropy;
-pub(crate) mod dropout;
-pub(crate) mod embedding;
+mod adamw;
+mod adamw_8bit;
+mod attention;
+mod buffers;
+mod cross_entropy;
+mod dequantize;
+mod dropout;
 mod flat;
 mod gemm;
 mod launch;
 mod lora;
 mod memory;
-pub(crate) mod rms_norm;
-pub(crate) mod rope;
-pub(crate) mod swiglu;
+mod rms_norm;
+mod rope;
+mod sizes;
+mod step;
+mod swiglu;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -37,7 +40,6 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 pub(crate) use gemm::Gemm;
 pub(crate) use launch::Launch;
 pub(crate) use memory::{Buffer, Dtype, Mat, Slab};
-
 pub(crate) use trainer::{HostMoments, Setup, Trainer};
 
 use crate::{Error, Result};
