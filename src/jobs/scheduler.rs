@@ -56,6 +56,8 @@ pub struct Scheduler {
     validations: usize,
     /// What trainings run on, one at a time each; the first that is free gets the next one.
     devices: Vec<Device>,
+    /// How many attempts in a row crashed on a device: a card that fails must not take every job that comes while others are free.
+    crashes: HashMap<String, u32>,
     last_tick: Instant,
     watched: HashMap<AttemptId, Watched>,
     exits: JoinSet<(AttemptId, std::io::Result<ExitStatus>)>,
@@ -183,6 +185,7 @@ impl Scheduler {
             pause: config.workers.pause(),
             validations: config.limits.validations as usize,
             devices,
+            crashes: HashMap::new(),
             last_tick: Instant::now(),
             watched: HashMap::new(),
             exits: JoinSet::new(),
@@ -240,8 +243,8 @@ impl Scheduler {
         if self.is_free(Device::Cpu) {
             self.claim_and_start(TaskKind::Export, Device::Cpu).await?;
         }
-        for device in self.devices.clone() {
-            if self.is_free(device) && !self.claim_and_start(TaskKind::Train, device).await? {
+        for device in self.free_devices() {
+            if !self.claim_and_start(TaskKind::Train, device).await? {
                 break;
             }
         }
@@ -277,6 +280,7 @@ impl Scheduler {
             self.lose(attempt, outcome, reason).await?;
             if crashed {
                 self.set_back(LONGEST_PAUSE_AFTER_CRASH);
+                *self.crashes.entry(attempt.device.clone()).or_default() += 1;
             }
             return Ok(false);
         }
@@ -307,8 +311,9 @@ impl Scheduler {
         for attempt in gone {
             let launcher = self.launcher.clone();
             spawn_blocking(move || launcher.clean_up(attempt)).await?;
-            if self.watched.remove(&attempt).is_some_and(|watched| !watched.crashed) {
+            if let Some(watched) = self.watched.remove(&attempt).filter(|watched| !watched.crashed) {
                 self.setbacks = 0;
+                self.crashes.remove(&watched.device);
             }
         }
         Ok(())
@@ -323,6 +328,13 @@ impl Scheduler {
     fn is_free(&self, device: Device) -> bool {
         let name = device.to_string();
         !self.watched.values().any(|watched| watched.task != TaskKind::Validate && watched.device == name)
+    }
+
+    /// The devices that the next trainings get, in that order.
+    fn free_devices(&self) -> Vec<Device> {
+        let mut free: Vec<Device> = self.devices.iter().copied().filter(|&device| self.is_free(device)).collect();
+        free.sort_by_key(|device| self.crashes.get(&device.to_string()).copied().unwrap_or_default());
+        free
     }
 
     /// Claims the next job and starts its worker; `false`: there was none, or no worker can be started now.
@@ -540,6 +552,27 @@ mod tests {
         let expected = [trains(Device::Cuda(1), fourth), trains(Device::Cuda(2), third)];
         tick_until(&mut after, &jobs, &expected).await;
         after.stop_all().await.expect("no worker is left");
+    }
+
+    #[tokio::test]
+    async fn a_job_that_crashed_on_a_device_is_tried_on_another() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let jobs = testing::jobs(folder.path()).await;
+        let crashes = testing::add_queued_job(&jobs).await;
+        let mut scheduler = scheduler(folder.path(), &jobs, &[Device::Cuda(0), Device::Cuda(1)]);
+        for device in [Device::Cuda(0), Device::Cuda(1), Device::Cuda(0)] {
+            scheduler.paused_until = None;
+            tick_until(&mut scheduler, &jobs, &[trains(device, crashes)]).await;
+            let process = scheduler.watched.values().find_map(|watched| watched.process).expect("a worker");
+            process.signal(Signal::SIGKILL);
+            tick_until(&mut scheduler, &jobs, &[]).await;
+        }
+        assert_eq!(testing::state(&jobs, crashes).await.1.as_deref(), Some("worker_crashed"));
+        // The other one has crashed less often.
+        let next = testing::add_queued_job(&jobs).await;
+        scheduler.paused_until = None;
+        tick_until(&mut scheduler, &jobs, &[trains(Device::Cuda(1), next)]).await;
+        scheduler.stop_all().await.expect("no worker is left");
     }
 
     #[tokio::test]
