@@ -9,7 +9,7 @@ use crate::model::Shape;
 use crate::ops::rope::RopeLayout;
 use crate::quant::BlockType;
 use crate::spec::GradientCheckpointing;
-use crate::{Error, Result};
+use crate::Result;
 
 /// What to time.
 #[derive(Debug, Clone, PartialEq)]
@@ -139,20 +139,16 @@ fn one_of<T: Copy>(all: &[T], name_of: impl Fn(T) -> String, name: &str) -> Resu
 ///
 /// # Errors
 /// A build without CUDA, a device that is no GPU of this machine, too little memory on it.
-pub fn train(_spec: &BenchSpec) -> Result<Value> {
-    Err(without_cuda())
+pub fn train(spec: &BenchSpec) -> Result<Value> {
+    crate::ops::cuda::bench_train(spec)
 }
 
 /// Times each kernel against what its bytes or operations take at least; one JSON object a kernel and size.
 ///
 /// # Errors
 /// A build without CUDA, a device that is no GPU of this machine.
-pub fn ops(_device: Device) -> Result<Vec<Value>> {
-    Err(without_cuda())
-}
-
-fn without_cuda() -> Error {
-    candle_core::Error::Msg("timing a GPU needs a build with the feature cuda".to_owned()).into()
+pub fn ops(device: Device) -> Result<Vec<Value>> {
+    crate::ops::cuda::bench_ops(device)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use lorad_engine::data::{Dataset, MicroBatch, Row};
+use lorad_engine::device::Device;
 use lorad_engine::model::Llama;
 use lorad_engine::ops::cross_entropy::Loss;
 use lorad_engine::ops::matmul::Compute;
@@ -191,7 +192,7 @@ fn an_estimate_counts_what_a_run_does() {
     let (_, model) = tiny(&TinyModel::default());
     let (data, validation) = (dataset(13), dataset(5));
     let spec = spec(|options| options.training.packing = Some(false));
-    let estimated = estimate(&spec, &model, &data, Some(&validation), Some(1000.0)).unwrap();
+    let estimated = estimate(&spec, &model, &data, Some(&validation), Some(1000.0), Device::Cpu).unwrap();
     assert_eq!((estimated.total_steps, estimated.kept_layers, estimated.layers), (9, 2, 2));
     let widest = |rows: &[Row]| rows.iter().map(|row| row.tokens.len()).max().unwrap() * rows.len();
     let evaluated: usize = rows(5).chunks(2).map(widest).sum();
@@ -206,7 +207,7 @@ fn an_estimate_counts_what_a_run_does() {
     assert!(near(estimated.checkpoint_bytes, &path));
     outcome.lora.save_peft(folder.path(), "tiny").unwrap();
     assert!(near(estimated.adapter_bytes, &folder.path().join("adapter_model.safetensors")));
-    assert!(measure_rate(&spec, &model, &data).unwrap() > 0.0);
+    assert!(measure_rate(&spec, &model, &data, Device::Cpu).unwrap() > 0.0);
 }
 
 #[test]

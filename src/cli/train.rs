@@ -27,6 +27,7 @@ use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Start, StepMet
 
 use super::dataset::{DatasetArgs, about, describe, list_bad_rows, untrained_texts, write_untrained};
 use super::devices::WantedDevice;
+use crate::types::device::Device;
 use super::{ModelArgs, export, named, stop_on_ctrl_c};
 use crate::memory::Bound;
 
@@ -247,7 +248,7 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
         let template = ChatTemplate::for_export(&spec.dataset.template, &tokenizer)?;
         let chat_template = template.as_ref().and_then(ChatTemplate::replacement);
         let merge = Merge { base: &file, lora: Some(&spec.lora), name_suffix: Some(&title), chat_template };
-        return tell_estimate((&spec, &model, &dataset, validation.as_ref()), &merge, &args.gguf);
+        return tell_estimate((&spec, &model, &dataset, validation.as_ref(), device), &merge, &args.gguf);
     }
     let start = Start {
         resume: resume_point(args)?,
@@ -322,14 +323,14 @@ fn merged_files(args: &TrainArgs) -> anyhow::Result<Vec<Wanted>> {
 
 /// Prints what a run and its merged files would need, a name and a value a line.
 fn tell_estimate(
-    (spec, model, dataset, validation): (&TrainSpec, &Llama, &Dataset, Option<&Dataset>),
+    (spec, model, dataset, validation, device): (&TrainSpec, &Llama, &Dataset, Option<&Dataset>, Device),
     merge: &Merge<'_>,
     quantizations: &[Quantization],
 ) -> anyhow::Result<()> {
     // Memory is looked at before the passes that measure the rate take theirs.
-    let before = train::estimate(spec, model, dataset, validation, None)?;
-    let rate = train::measure_rate(spec, model, dataset)?;
-    let timed = train::estimate(spec, model, dataset, validation, Some(rate))?;
+    let before = train::estimate(spec, model, dataset, validation, None, device)?;
+    let rate = train::measure_rate(spec, model, dataset, device)?;
+    let timed = train::estimate(spec, model, dataset, validation, Some(rate), device)?;
     let estimate = Estimate { seconds: timed.seconds, ..before };
     let mut out = std::io::stdout().lock();
     let fields = serde_json::to_value(&estimate)?;

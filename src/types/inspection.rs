@@ -250,10 +250,10 @@ pub struct Estimate {
     /// Memory that the GPU has, in bytes; null on the CPU.
     pub device_total_bytes: Option<u64>,
     /// Least memory that these settings can do with: below peak_host_bytes where `gradient_checkpointing` is `auto`.
-    pub least_host_bytes: u64,
+    pub least_bytes: u64,
     /// Memory that a training may have on this machine.
     pub memory_bytes: u64,
-    /// Whether least_host_bytes is within it.
+    /// Whether least_bytes is within it.
     pub fits: bool,
     /// What to change so that it fits: empty where it does, null where no settings make it fit.
     pub nearest: Option<Vec<Change>>,

@@ -208,7 +208,7 @@ fn does_not_fit(fit: &Fit) -> String {
     };
     format!(
         "the training needs at least {} MiB of memory and may have {} MiB: {advice}",
-        mib(fit.least_host_bytes),
+        mib(fit.least_bytes),
         mib(fit.memory_bytes)
     )
 }

@@ -141,15 +141,15 @@ fn estimate(
     let dataset = read(training_file)?;
     let validation = validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
     drop(bound);
-    let fit = train::fit(spec, &model, &dataset, validation.as_ref(), memory_bytes)?;
+    let fit = train::fit(spec, &model, &dataset, validation.as_ref(), memory_bytes, device)?;
     // Memory is looked at before the passes that measure the rate take theirs.
-    let needed = train::estimate(spec, &model, &dataset, validation.as_ref(), None)?;
+    let needed = train::estimate(spec, &model, &dataset, validation.as_ref(), None, device)?;
     // Who trains on a GPU must not lose its memory to a question.
     let rate =
-        if fit.fits && device == Device::Cpu { Some(train::measure_rate(spec, &model, &dataset)?) } else { None };
+        if fit.fits && device == Device::Cpu { Some(train::measure_rate(spec, &model, &dataset, device)?) } else { None };
     let seconds = match rate {
         None => None,
-        Some(_) => train::estimate(spec, &model, &dataset, validation.as_ref(), rate)?.seconds,
+        Some(_) => train::estimate(spec, &model, &dataset, validation.as_ref(), rate, device)?.seconds,
     };
     let template = ChatTemplate::for_export(&spec.dataset.template, &tokenizer)?;
     let chat_template = template.as_ref().and_then(ChatTemplate::replacement);
@@ -171,7 +171,7 @@ fn estimate(
         device,
         peak_device_bytes: needed.peak_device_bytes,
         device_total_bytes: needed.device_total_bytes,
-        least_host_bytes: fit.least_host_bytes,
+        least_bytes: fit.least_bytes,
         memory_bytes: fit.memory_bytes,
         fits: fit.fits,
         nearest: in_our_words(&fit.nearest)?,

@@ -148,12 +148,10 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
         let training = read(inputs.training_file()?)?;
         let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
         drop(bound);
-        // It is about this machine's memory, of which a training on a GPU needs little.
-        if inputs.task.device == Device::Cpu {
-            let fit = train::fit(spec, &llama, &training, validation.as_ref(), inputs.task.memory_bytes)?;
-            if !fit.fits {
-                return Err(Fault::DoesNotFit(fit));
-            }
+        let (memory_bytes, device) = (inputs.task.memory_bytes, inputs.task.device);
+        let fit = train::fit(spec, &llama, &training, validation.as_ref(), memory_bytes, device)?;
+        if !fit.fits {
+            return Err(Fault::DoesNotFit(fit));
         }
         let (training, validation) = (training.report, validation.map(|dataset| dataset.report));
         let untrained = untrained_tokens(&base, &training.control_tokens)?.into_iter();

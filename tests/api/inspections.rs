@@ -123,7 +123,7 @@ async fn an_estimate_tells_steps_memory_and_disk_and_queues_nothing() {
     assert_eq!((&estimate["object"], &estimate["total_steps"]), (&json!("fine_tuning.job.estimate"), &json!(6)));
     assert_eq!((&estimate["fits"], &estimate["nearest"]), (&json!(true), &json!([])));
     for field in
-        ["tokens", "peak_host_bytes", "least_host_bytes", "memory_bytes", "checkpoint_bytes", "trainable_parameters"]
+        ["tokens", "peak_host_bytes", "least_bytes", "memory_bytes", "checkpoint_bytes", "trainable_parameters"]
     {
         assert!(estimate[field].as_u64() > Some(0), "{field}: {estimate}");
     }
@@ -163,7 +163,7 @@ async fn the_settings_that_an_estimate_proposes_fit() {
         });
         ok_json(app.post_json("/v1/fine_tuning/jobs/estimate", &body).await).await
     };
-    let least = async |training: &Value| estimate(0, training).await["least_host_bytes"].as_u64().expect("bytes");
+    let least = async |training: &Value| estimate(0, training).await["least_bytes"].as_u64().expect("bytes");
     let mut training =
         json!({"gradient_checkpointing": "none", "micro_batch_size": 64, "gradient_accumulation_steps": 1});
     let large = least(&training).await;

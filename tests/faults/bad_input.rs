@@ -82,7 +82,7 @@ async fn a_training_that_does_not_fit_is_refused_with_what_would() {
         let body = json!({"model": "local:tiny.gguf", "training_file": file});
         let (status, estimate) = home.post("/fine_tuning/jobs/estimate", &body).await;
         assert_eq!((status, &estimate["fits"]), (200, &json!(true)), "{estimate}");
-        estimate["least_host_bytes"].as_u64().expect("bytes")
+        estimate["least_bytes"].as_u64().expect("bytes")
     };
     let home = Home::start(&[("LORAD__WORKERS__MEMORY_BYTES", &(needed / 2).to_string())]).await;
     let file = home.upload(rows(20)).await;

@@ -25,7 +25,7 @@ pub(super) const BLOCK: usize = 256;
 const LEAST_VALUES: usize = 4096;
 
 pub(crate) static SIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(true));
-static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
+pub(crate) static UNSIGNED: LazyLock<Table> = LazyLock::new(|| Table::new(false));
 
 /// Both moments of every parameter.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use crate::adapter::LoraLayout;
+use crate::bench::BenchSpec;
 use crate::data::MicroBatch;
+use crate::device::Device;
 use crate::model::{Llama, MicroStep};
 use crate::ops::adamw::Update;
 use crate::ops::adamw_8bit::Moments as EightBitMoments;
@@ -32,6 +34,16 @@ pub fn devices() -> Result<Vec<CudaDevice>, String> {
     Err(WITHOUT.to_owned())
 }
 
+/// Times a training: not here.
+pub(crate) fn bench_train(_: &BenchSpec) -> Result<serde_json::Value> {
+    Err(Error::Device(WITHOUT.to_owned()))
+}
+
+/// Times kernels: there are none.
+pub(crate) fn bench_ops(_: Device) -> Result<Vec<serde_json::Value>> {
+    Err(Error::Device(WITHOUT.to_owned()))
+}
+
 /// What a run asks for: nothing that could be had.
 #[derive(Debug, Clone)]
 pub(crate) struct Setup {
@@ -43,6 +55,21 @@ impl Setup {
     pub(crate) fn of(_: &TrainSpec, _: &Arc<LoraLayout>, _: Compute, _: Option<u64>) -> Self {
         Self { tokens: 0, kept_layers: None }
     }
+}
+
+/// Most bytes of a GPU's memory that a run takes: no build without CUDA finds a GPU to ask this of.
+pub(crate) fn peak_bytes(_: &Llama, _: &Setup, _: usize) -> u64 {
+    0
+}
+
+/// As in `cuda`.
+pub(crate) fn kept_layers_within(_: &Llama, _: &Setup, _: u64) -> Option<usize> {
+    None
+}
+
+/// As in `cuda`.
+pub(crate) fn resident_bytes_within(_: &Llama, _: &Setup, _: usize, _: u64) -> u64 {
+    0
 }
 
 /// Moments on the host.

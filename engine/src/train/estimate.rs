@@ -4,14 +4,18 @@
 //! gradient and moments of the LoRA, and for the largest micro-batch what blocks keep for backward and what exists only for a
 //! moment, whichever moment is the worst. T tokens, C hidden, I intermediate, Q and K widths of queries and keys, R rank, all f32.
 
+use std::sync::Arc;
+
 use super::micro_batch;
 use super::moments::Moments;
 use crate::adapter::{LoraLayout, LoraParams};
-use crate::data::{Dataset, Loader, Row};
-use crate::device::Device;
+use crate::data::{Dataset, Loader, MicroBatch, Row};
+use crate::device::{Device, cuda_devices};
 use crate::model::{Llama, MicroStep, Shape};
 use crate::ops::cross_entropy;
+use crate::ops::cuda::{self, Setup, Trainer};
 use crate::ops::dropout::Dropout;
+use crate::ops::host;
 use crate::spec::{GradientCheckpointing, LoraSpec, TrainSpec};
 use crate::{Error, Result};
 
@@ -93,7 +97,40 @@ fn kilobytes(text: &str, name: &str) -> u64 {
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// Computes what a run will need on this machine; `tokens_per_second` is a rate of training, [`measure_rate`]'s for one.
+/// Memory of a GPU that is left to its driver.
+const OF_THE_DRIVER: u64 = 1 << 30;
+
+/// Bytes of a GPU's memory that a run may have, and all that it has; `None` for the CPU.
+///
+/// # Errors
+/// A GPU that is not there.
+pub(super) fn gpu_bytes(device: Device) -> Result<Option<(u64, u64)>> {
+    let Device::Cuda(ordinal) = device else { return Ok(None) };
+    let gpus = cuda_devices().map_err(Error::Device)?;
+    let gpu = gpus.iter().find(|gpu| gpu.ordinal == ordinal);
+    let gpu = gpu.ok_or_else(|| Error::Device(format!("{device} is not there: this machine has {} GPUs", gpus.len())))?;
+    Ok(Some((gpu.total_bytes.saturating_sub(OF_THE_DRIVER), gpu.total_bytes)))
+}
+
+/// What a run needs of a GPU: blocks that keep their activations, and the peak of its memory.
+fn on_gpu(
+    spec: &TrainSpec,
+    model: &Llama,
+    layout: &Arc<LoraLayout>,
+    (tokens, usable, device): (u64, u64, Device),
+) -> Result<(usize, u64)> {
+    let compute = super::state::compute(spec.training.compute, device)?;
+    let setup = Setup { tokens: tokens as usize, ..Setup::of(spec, layout, compute, None) };
+    let kept_layers = match spec.training.gradient_checkpointing {
+        GradientCheckpointing::None => model.config().shape.layers,
+        GradientCheckpointing::Full => 0,
+        GradientCheckpointing::Auto => cuda::kept_layers_within(model, &setup, usable).unwrap_or(0),
+    };
+    let least = cuda::peak_bytes(model, &setup, kept_layers);
+    Ok((kept_layers, least + cuda::resident_bytes_within(model, &setup, kept_layers, usable.saturating_sub(least))))
+}
+
+/// Computes what a run will need on that device; `tokens_per_second` is a rate of training, [`measure_rate`]'s for one.
 ///
 /// # Errors
 /// Memory figures that cannot be read.
@@ -103,12 +140,23 @@ pub fn estimate(
     dataset: &Dataset,
     validation: Option<&Dataset>,
     tokens_per_second: Option<f64>,
+    device: Device,
 ) -> Result<Estimate> {
     let host = HostMemory::now()?;
     let (shape, work) = (&model.config().shape, Work::of(spec, dataset, validation)?);
     let layout = LoraLayout::new(&spec.lora, shape);
     let need = Need::of(spec, shape, &work, &layout);
-    let kept_layers = need.kept_layers(budget(host, model.file_bytes()));
+    let of_gpu = match gpu_bytes(device)? {
+        None => None,
+        Some((usable, total)) => {
+            let tokens = work.largest_micro_batch;
+            Some((on_gpu(spec, model, &layout, (tokens, usable, device))?, total))
+        }
+    };
+    let kept_layers = match of_gpu {
+        None => need.kept_layers(budget(host, model.file_bytes())),
+        Some(((kept_layers, _), _)) => kept_layers as u64,
+    };
     let state = need.state(Moments::size_bytes(spec.training.optimizer, &layout));
     let held = host.anonymous_bytes + host.file_bytes + model.file_bytes();
     let saved = need.parameters * F32;
@@ -124,33 +172,49 @@ pub fn estimate(
         layers: shape.layers as u64,
         trainable_parameters: need.parameters,
         seconds,
-        peak_host_bytes: held + state + need.activations(kept_layers),
-        peak_device_bytes: None,
-        device_total_bytes: None,
+        // What a GPU computes on lies there: the host has the model's file, and a checkpoint's values.
+        peak_host_bytes: held + state + if of_gpu.is_some() { 0 } else { need.activations(kept_layers) },
+        peak_device_bytes: of_gpu.map(|((_, peak), _)| peak),
+        device_total_bytes: of_gpu.map(|(_, total)| total),
         checkpoint_bytes: saved + best + Moments::size_bytes(spec.training.optimizer, &layout),
         adapter_bytes: saved,
     })
 }
 
-/// Tokens a second of this run's first micro-batch on this machine, measured on its second pass.
+/// Tokens a second of this run's first micro-batch on that device, measured on its second pass.
 ///
 /// # Errors
 /// What training would say.
-pub fn measure_rate(spec: &TrainSpec, model: &Llama, dataset: &Dataset) -> Result<f64> {
+pub fn measure_rate(spec: &TrainSpec, model: &Llama, dataset: &Dataset, device: Device) -> Result<f64> {
     let mut loader = Loader::new(dataset.rows.len(), spec);
     let rows = loader.step(0).swap_remove(0);
     let batch = micro_batch(dataset, &rows, spec.training.packing)?;
     let layout = LoraLayout::new(&spec.lora, &model.config().shape);
-    let (lora, gradient) = (LoraParams::zeros(layout.clone())?, LoraParams::zeros(layout)?);
+    let (lora, gradient) = (LoraParams::zeros(layout.clone())?, LoraParams::zeros(layout.clone())?);
     lora.initialise(spec.seed)?;
     let dropout = Dropout::new(spec.lora.dropout, &[spec.seed]);
+    let compute = super::state::compute(spec.training.compute, device)?;
+    if let Device::Cuda(ordinal) = device {
+        let setup = Setup { tokens: batch.tokens.len(), ..Setup::of(spec, &layout, compute, None) };
+        let mut trainer = Trainer::new(ordinal, model, &setup)?;
+        trainer.write_parameters(&host(lora.flat())?)?;
+        let step = MicroStep { scale: 1.0, kept_layers: trainer.kept_layers(), dropout, compute };
+        return rate(&batch, || {
+            trainer.forward_backward(&batch, step)?;
+            trainer.take_loss().map(|_| ())
+        });
+    }
     let kept_layers = kept_layers(spec, model, dataset, None)?;
-    let compute = super::state::compute(spec.training.compute, Device::Cpu)?;
     let step = MicroStep { scale: 1.0, kept_layers, dropout, compute };
+    rate(&batch, || model.forward_backward(&batch, &lora, &gradient, step).map(|_| ()))
+}
+
+/// Tokens a second of the second of two passes.
+fn rate(batch: &MicroBatch, mut pass: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut rate = 0.0;
     for _ in 0..2 {
         let began = std::time::Instant::now();
-        model.forward_backward(&batch, &lora, &gradient, step)?;
+        pass()?;
         rate = batch.tokens.len() as f64 / began.elapsed().as_secs_f64().max(1e-9);
     }
     Ok(rate)
@@ -202,6 +266,10 @@ pub(super) struct Work {
 impl Work {
     fn of(spec: &TrainSpec, dataset: &Dataset, validation: Option<&Dataset>) -> Result<Self> {
         Ok(Self::of_rows(spec, &lengths_of(dataset)?, validation.map(lengths_of).transpose()?.as_deref()))
+    }
+
+    pub(super) fn largest_micro_batch(&self) -> u64 {
+        self.largest_micro_batch
     }
 
     pub(super) fn of_rows(spec: &TrainSpec, lengths: &[Length], validation: Option<&[Length]>) -> Self {

@@ -8,10 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::estimate::{HostMemory, Length, Need, Work, lengths_of};
 use super::moments::Moments;
+use super::{estimate, state};
 use crate::Result;
 use crate::adapter::LoraLayout;
 use crate::data::Dataset;
+use crate::device::Device;
 use crate::model::{Llama, Shape};
+use crate::ops::cuda::{self, Setup};
+use crate::ops::matmul::Compute;
 use crate::spec::{GradientCheckpointing, Optimizer, TrainSpec};
 
 /// Shortest `max_seq_length` that is proposed.
@@ -20,9 +24,10 @@ const SHORTEST: u64 = 64;
 /// Whether a run fits, and what would.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fit {
-    /// Least memory that the run can do with, in bytes, the base model's file included.
-    pub least_host_bytes: u64,
-    /// Memory that it may have.
+    /// Least memory of its device (this machine's for the CPU, the GPU's for a GPU) that the run can do with, in bytes, the base model
+    /// included.
+    pub least_bytes: u64,
+    /// Memory of that device that it may have.
     pub memory_bytes: u64,
     /// Whether that is enough.
     pub fits: bool,
@@ -39,26 +44,34 @@ pub struct Change {
     pub value: serde_json::Value,
 }
 
-/// Judges a run on this machine; `memory_bytes` is what it may have, all that the machine has where none is given.
+/// Judges a run on that device; `memory_bytes` is what it may have of this machine's memory, all of it where none is given. Of a GPU's it
+/// may have all but what the driver takes.
 ///
 /// # Errors
-/// Memory figures or rows that cannot be read.
+/// Memory figures or rows that cannot be read, a GPU that is not there.
 pub fn fit(
     spec: &TrainSpec,
     model: &Llama,
     dataset: &Dataset,
     validation: Option<&Dataset>,
     memory_bytes: Option<u64>,
+    device: Device,
 ) -> Result<Fit> {
     let host = HostMemory::now()?;
+    let compute = state::compute(spec.training.compute, device)?;
     let rows = Rows {
         shape: &model.config().shape,
         training: lengths_of(dataset)?,
         validation: validation.map(lengths_of).transpose()?,
         fixed_bytes: host.anonymous_bytes + host.file_bytes + model.file_bytes(),
+        on_gpu: (device != Device::Cpu).then_some((model, compute)),
     };
     let max_seq_length = spec.max_seq_length(model.config().context_length)? as u64;
-    Ok(rows.judge(spec, max_seq_length, memory_bytes.unwrap_or(host.total_bytes)))
+    let may_have = match estimate::gpu_bytes(device)? {
+        Some((usable, _)) => usable,
+        None => memory_bytes.unwrap_or(host.total_bytes),
+    };
+    Ok(rows.judge(spec, max_seq_length, may_have))
 }
 
 /// What is left of `memory_bytes` for a training's own state and activations, beside what this process holds and the model.
@@ -77,14 +90,16 @@ struct Rows<'a> {
     validation: Option<Vec<Length>>,
     /// What the process holds before it trains, and the base model.
     fixed_bytes: u64,
+    /// The model, and in which type a GPU computes, where one does.
+    on_gpu: Option<(&'a Llama, Compute)>,
 }
 
 impl Rows<'_> {
     fn judge(&self, spec: &TrainSpec, max_seq_length: u64, memory_bytes: u64) -> Fit {
-        let least_host_bytes = self.least(spec, max_seq_length);
-        let fits = least_host_bytes <= memory_bytes;
+        let least_bytes = self.least(spec, max_seq_length);
+        let fits = least_bytes <= memory_bytes;
         let nearest = if fits { Some(Vec::new()) } else { self.nearest(spec, max_seq_length, memory_bytes) };
-        Fit { least_host_bytes, memory_bytes, fits, nearest }
+        Fit { least_bytes, memory_bytes, fits, nearest }
     }
 
     /// Least bytes that a run can do with whose rows are cut at `max_seq_length`.
@@ -93,6 +108,11 @@ impl Rows<'_> {
         let (training, validation) = (cut(&self.training), self.validation.as_deref().map(cut));
         let work = Work::of_rows(spec, &training, validation.as_deref());
         let layout = LoraLayout::new(&spec.lora, self.shape);
+        if let Some((model, compute)) = self.on_gpu {
+            let setup = Setup { tokens: work.largest_micro_batch() as usize, ..Setup::of(spec, &layout, compute, None) };
+            let keeps_all = spec.training.gradient_checkpointing == GradientCheckpointing::None;
+            return cuda::peak_bytes(model, &setup, if keeps_all { self.shape.layers } else { 0 });
+        }
         let need = Need::of(spec, self.shape, &work, &layout);
         let state = need.state(Moments::size_bytes(spec.training.optimizer, &layout));
         self.fixed_bytes + state + need.activations(need.kept_layers(0))
@@ -147,7 +167,7 @@ mod tests {
 
     fn rows(shape: &Shape) -> Rows<'_> {
         let long = Length { tokens: 500, trained: 400 };
-        Rows { shape, training: vec![long; 20], validation: None, fixed_bytes: 1 << 20 }
+        Rows { shape, training: vec![long; 20], validation: None, fixed_bytes: 1 << 20, on_gpu: None }
     }
 
     fn fields(fit: &Fit) -> Vec<(&str, String)> {
@@ -164,22 +184,22 @@ mod tests {
         spec.training.micro_batch_size = 4;
         let asked = rows.judge(&spec, 512, u64::MAX);
         assert!(asked.fits && asked.nearest == Some(Vec::new()), "{asked:?}");
-        assert!(rows.judge(&spec, 512, asked.least_host_bytes).fits);
+        assert!(rows.judge(&spec, 512, asked.least_bytes).fits);
 
-        let a_little_less = rows.judge(&spec, 512, asked.least_host_bytes - 1);
+        let a_little_less = rows.judge(&spec, 512, asked.least_bytes - 1);
         assert!(!a_little_less.fits);
         assert_eq!(fields(&a_little_less), [("training.gradient_checkpointing", "\"full\"".to_owned())]);
 
         spec.training.gradient_checkpointing = GradientCheckpointing::Auto;
         let auto = rows.judge(&spec, 512, u64::MAX);
-        assert!(auto.least_host_bytes < asked.least_host_bytes);
-        let less = rows.judge(&spec, 512, auto.least_host_bytes - 1);
+        assert!(auto.least_bytes < asked.least_bytes);
+        let less = rows.judge(&spec, 512, auto.least_bytes - 1);
         let expected = [("micro_batch_size", "2"), ("gradient_accumulation_steps", "4")];
         let expected = expected.map(|(field, value)| (format!("training.{field}"), value.to_owned()));
         let got: Vec<_> = fields(&less).into_iter().map(|(field, value)| (field.to_owned(), value)).collect();
         assert_eq!(got, expected);
         spec.training.micro_batch_size = 2;
-        assert!(rows.judge(&spec, 512, auto.least_host_bytes - 1).fits);
+        assert!(rows.judge(&spec, 512, auto.least_bytes - 1).fits);
     }
 
     #[test]

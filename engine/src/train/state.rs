@@ -267,7 +267,7 @@ impl On {
         let setup = Setup {
             tokens: estimate::largest_micro_batch(spec, dataset, start.validation)?,
             kept_layers,
-            ..Setup::of(spec, layout, compute, start.memory_budget_bytes)
+            ..Setup::of(spec, layout, compute, None)
         };
         Ok(Self::Gpu(Box::new(Trainer::new(ordinal, model, &setup)?)))
     }

@@ -24,7 +24,7 @@ pub(crate) fn step(gpu: &Gpu, parameters: Mat<'_>, moments: Mat<'_>, gradient: M
 
 pub(super) fn step_values(gpu: &Gpu, p: Mat<'_>, m: Mat<'_>, v: Mat<'_>, g: Mat<'_>, rule: &Rule) -> Result<()> {
     let count = p.columns;
-    [p, m, v, g].map(|mat| assert_vector("adamw", mat, count));
+    [p, m, v, g].into_iter().for_each(|mat| assert_vector("adamw", mat, count));
     let launch = launch_values(gpu, "adamw_step", count.div_ceil(GROUP))?.pointer(p).pointer(m).pointer(v).pointer(g);
     // SAFETY: each has so many values.
     unsafe { with_rule(launch.long(count as u64), rule).run() }

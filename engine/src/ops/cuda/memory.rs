@@ -192,6 +192,34 @@ impl Buffer {
             .map_err(failed("copying to the GPU"))
     }
 
+    /// Fills the buffer with copies of its first bytes, in the stream's order.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn repeat(&self, bytes: usize) -> Result<()> {
+        let mut filled = bytes.min(self.bytes);
+        assert!(filled > 0, "nothing to repeat");
+        while filled < self.bytes {
+            let count = filled.min(self.bytes - filled);
+            // SAFETY: both ranges lie in the buffer and do not overlap.
+            unsafe { result::memcpy_dtod_async(self.pointer + filled as u64, self.pointer, count, self.stream()) }
+                .map_err(failed("copying on the GPU"))?;
+            filled += count;
+        }
+        Ok(())
+    }
+
+    /// Copies another buffer of the same size, in the stream's order.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn copy_from(&self, other: &Self) -> Result<()> {
+        assert_eq!(self.bytes, other.bytes, "buffers of different sizes");
+        // SAFETY: both are as large as that, and are not the same.
+        unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, self.bytes, self.stream()) }
+            .map_err(failed("copying on the GPU"))
+    }
+
     /// Copies values from that byte on, after all that was queued.
     ///
     /// # Errors

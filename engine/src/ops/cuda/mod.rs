@@ -8,6 +8,8 @@
 mod adamw;
 mod adamw_8bit;
 mod attention;
+mod bench;
+mod bench_ops;
 mod buffers;
 mod cross_entropy;
 mod dequantize;
@@ -17,6 +19,7 @@ mod gemm;
 mod launch;
 mod lora;
 mod memory;
+mod random;
 mod rms_norm;
 mod rope;
 mod sizes;
@@ -37,10 +40,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+pub(crate) use bench::bench_train;
+pub(crate) use bench_ops::bench_ops;
 pub(crate) use gemm::Gemm;
 pub(crate) use launch::Launch;
 pub(crate) use memory::{Buffer, Dtype, Mat, Slab};
-pub(crate) use trainer::{HostMoments, Setup, Trainer};
+pub(crate) use trainer::{HostMoments, Setup, Trainer, kept_layers_within, peak_bytes, resident_bytes_within};
 
 use crate::{Error, Result};
 
@@ -164,11 +169,6 @@ impl Gpu {
         self.capability.0 == 9
     }
 
-    /// Whether there is a kernel of that name.
-    pub(crate) fn has_kernel(&self, name: &'static str) -> bool {
-        self.kernel(name).is_ok()
-    }
-
     /// Begins a launch of the kernel of that name.
     ///
     /// # Errors
@@ -233,6 +233,14 @@ impl Gpu {
         self.stream.record_event(flags).map_err(failed("recording an event"))
     }
 
+    /// Milliseconds between two events that have happened.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn milliseconds(begin: &cudarc::driver::CudaEvent, end: &cudarc::driver::CudaEvent) -> Result<f64> {
+        begin.elapsed_ms(end).map(f64::from).map_err(failed("reading an event"))
+    }
+
     /// Begins to take the time of everything that is queued.
     pub(crate) fn start_profile(&self) {
         *self.profile.borrow_mut() = Some(Profile::default());
@@ -248,7 +256,7 @@ impl Gpu {
         let mut totals: HashMap<&'static str, (f64, usize)> = HashMap::new();
         for (label, begin, end) in &profile.spans {
             let total = totals.entry(label).or_default();
-            total.0 += f64::from(begin.elapsed_ms(end).map_err(failed("reading an event"))?);
+            total.0 += Self::milliseconds(begin, end)?;
             total.1 += 1;
         }
         let mut list: Vec<_> = totals.into_iter().map(|(label, (ms, count))| (label, ms, count)).collect();

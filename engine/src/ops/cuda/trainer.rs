@@ -99,6 +99,22 @@ pub(crate) fn kept_layers_within(model: &Llama, setup: &Setup, memory_bytes: u64
     (0..=model.config().shape.layers).rev().find(fits)
 }
 
+/// Bytes of weights that stay dequantized in a run of so many kept layers, with so many bytes left beside it.
+pub(crate) fn resident_bytes_within(model: &Llama, setup: &Setup, kept_layers: usize, left: u64) -> u64 {
+    let sizes = Sizes::new(&model.config().shape, &setup.layout);
+    let layers = model.config().shape.layers;
+    if !setup.may_stay_dequantized || kept_layers < layers {
+        return 0;
+    }
+    let layer = layer_bytes(&sizes, setup.dtype()) as u64;
+    layer * (left / layer.max(1)).min(layers as u64)
+}
+
+/// Bytes of W' of all groups of a layer.
+fn layer_bytes(sizes: &Sizes, dtype: Dtype) -> usize {
+    Group::ALL.iter().map(|&group| sizes.group(group).values() * dtype.bytes()).sum()
+}
+
 fn dequantizes_head(model: &Llama, dtype: Dtype) -> bool {
     use crate::quant::BlockType;
     let parts = model.parts();
@@ -176,6 +192,15 @@ impl Trainer {
         found.ok_or(Error::DeviceMemory { needed_bytes: least as u64, free_bytes: budget as u64 })
     }
 
+    /// As many kept layers as fit beside a model that is on the GPU.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub(crate) fn choose_beside(gpu: &Gpu, model: &DeviceModel, setup: &Setup) -> Result<usize> {
+        let dequantizes_head = model.lm_head().as_mat(setup.dtype()).is_none();
+        Self::choose(gpu, 0, &model.config.shape, dequantizes_head, setup)
+    }
+
     /// A run of a model that is on the GPU.
     ///
     /// # Errors
@@ -219,8 +244,7 @@ impl Trainer {
         let allowed =
             memory_bytes.map_or(usize::MAX, |bytes| (bytes as usize).saturating_sub(self.gpu.allocated_bytes()));
         let mut left = free.min(allowed);
-        let layer_bytes: usize =
-            Group::ALL.iter().map(|&group| self.sizes.group(group).values() * self.dtype.bytes()).sum();
+        let layer_bytes = layer_bytes(&self.sizes, self.dtype);
         for layer in (0..self.model.blocks.len()).rev() {
             if left < layer_bytes {
                 break;
@@ -259,11 +283,6 @@ impl Trainer {
         self.resident_bytes
     }
 
-    /// The GPU that it runs on.
-    pub(crate) fn gpu(&self) -> &Rc<Gpu> {
-        &self.gpu
-    }
-
     fn vector<'a>(&self, buffer: &'a Buffer) -> Mat<'a> {
         buffer.mat(0, (1, self.layout.len()), self.layout.len(), Dtype::F32)
     }
@@ -291,6 +310,7 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`Trainer::read_parameters`].
+    #[cfg(test)]
     pub(crate) fn read_gradient(&self, values: &mut [f32]) -> Result<()> {
         assert_eq!(values.len(), self.layout.len(), "the gradient of another LoRA");
         self.gradient.read(0, values)

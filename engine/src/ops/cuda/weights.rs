@@ -11,7 +11,7 @@ use crate::model::{Config, Llama};
 use crate::ops::host;
 use crate::quant::BlockType;
 use crate::spec::Target;
-use crate::{Error, Result};
+use crate::Result;
 
 /// Blocks of a matrix on a GPU.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl DeviceModel {
     /// Copies a model's stored blocks to a GPU.
     ///
     /// # Errors
-    /// [`Error::DeviceMemory`] where they do not fit.
+    /// [`crate::Error::DeviceMemory`] where they do not fit.
     pub(crate) fn upload(gpu: &Rc<Gpu>, model: &Llama) -> Result<Self> {
         let parts = model.parts();
         let mut slab = Slab::new(gpu, pieces(model))?;
@@ -162,11 +162,6 @@ pub(crate) fn fill_lora(
         })
         .collect();
     lora::fill(gpu, out, &pairs, sizes.group(group).inputs, (rank, sizes.padded_rank), layout.spec().scale() as f32)
-}
-
-/// An error that says which type the GPU has no kernel for.
-pub(crate) fn unsupported(dtype: BlockType) -> Error {
-    Error::Device(format!("there is no kernel for weights in {}", dtype.name()))
 }
 
 /// Bytes of each buffer of a model.

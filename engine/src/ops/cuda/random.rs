@@ -1,0 +1,129 @@
+//! A model of random weights on a GPU, for timings: a few rows of each matrix are made and stored as real ones are, then repeated.
+
+use std::rc::Rc;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::weights::{DeviceBlock, DeviceModel, DeviceWeight, Stored};
+use super::{Gpu, Slab};
+use crate::Result;
+use crate::bench::{BenchQuantization, BenchSpec};
+use crate::model::{Config, Shape};
+use crate::quant::{Absmax, BlockType, Nf4, quantize};
+use crate::spec::Target;
+use crate::testing::normal;
+
+/// Rows of a matrix that are made.
+const ROWS: usize = 64;
+/// Standard deviation of a weight.
+const DEVIATION: f32 = 0.02;
+/// Tokens that the model takes, as RoPE's angles have it.
+const CONTEXT_LENGTH: usize = 131_072;
+const ROPE_BASE: f64 = 500_000.0;
+
+/// Makes the model.
+///
+/// # Errors
+/// [`crate::Error::DeviceMemory`] where it does not fit.
+pub(crate) fn model(gpu: &Rc<Gpu>, spec: &BenchSpec) -> Result<DeviceModel> {
+    let shape = spec.shape.shape();
+    let tied = spec.shape.has_tied_embeddings();
+    let mut slab = Slab::new(gpu, pieces(&shape, spec.quantization, tied))?;
+    let mut random = ChaCha8Rng::seed_from_u64(3407);
+    let norm: Vec<f32> = (0..shape.hidden).map(|_| 1.0 + 0.1 * normal(&mut random)).collect();
+    let made = Target::ALL.map(|target| rows_of(&mut random, shape.projection(target).1));
+    let mut blocks = Vec::with_capacity(shape.layers);
+    for _ in 0..shape.layers {
+        let (input_layernorm, post_attention_layernorm) = (slab.of(&norm)?, slab.of(&norm)?);
+        let mut projections = Vec::with_capacity(Target::ALL.len());
+        for target in Target::ALL {
+            let values = &made[target.index()];
+            projections.push(weight(&mut slab, values, shape.projection(target), spec.quantization)?);
+        }
+        let projections = projections.try_into().expect("one for each projection");
+        blocks.push(DeviceBlock { input_layernorm, post_attention_layernorm, projections, resident: Default::default() });
+    }
+    let table = rows_of(&mut random, shape.hidden);
+    let tables = BenchQuantization::Blocks(table_type(spec.quantization));
+    let mut embedding = || weight(&mut slab, &table, (shape.vocabulary, shape.hidden), tables);
+    let embed_tokens = embedding()?;
+    let lm_head = (!tied).then(embedding).transpose()?;
+    let pairs = shape.head_dim / 2;
+    let rope_frequencies: Vec<f64> = (0..pairs).map(|pair| ROPE_BASE.powf(-(pair as f64) / pairs as f64)).collect();
+    Ok(DeviceModel {
+        blocks,
+        embed_tokens,
+        norm: slab.of(&norm)?,
+        lm_head,
+        rope_frequencies: slab.of(&rope_frequencies)?,
+        config: Config { shape, rms_norm_eps: 1e-5, rope_frequencies, context_length: CONTEXT_LENGTH },
+    })
+}
+
+/// NF4 checkpoints keep their tables in bf16.
+fn table_type(quantization: BenchQuantization) -> BlockType {
+    match quantization {
+        BenchQuantization::Nf4 => BlockType::BF16,
+        BenchQuantization::Blocks(dtype) => dtype,
+    }
+}
+
+/// Bytes of packed codes, of factors' codes, of their map, of nested factors; of GGUF's blocks alone.
+fn pieces_of((rows, columns): (usize, usize), quantization: BenchQuantization) -> Vec<usize> {
+    match quantization {
+        BenchQuantization::Nf4 => {
+            let factors = (rows * columns).div_ceil(64);
+            vec![rows * columns / 2, factors, 4 * 256, 4 * factors.div_ceil(256)]
+        }
+        BenchQuantization::Blocks(dtype) => vec![rows * dtype.row_bytes(columns)],
+    }
+}
+
+fn pieces(shape: &Shape, quantization: BenchQuantization, tied: bool) -> Vec<usize> {
+    let table = pieces_of((shape.vocabulary, shape.hidden), BenchQuantization::Blocks(table_type(quantization)));
+    let block: Vec<usize> =
+        Target::ALL.iter().flat_map(|&target| pieces_of(shape.projection(target), quantization)).collect();
+    let mut all: Vec<usize> = (0..shape.layers).flat_map(|_| block.clone()).collect();
+    all.extend(std::iter::repeat_n(4 * shape.hidden, 2 * shape.layers + 1));
+    all.extend((0..if tied { 1 } else { 2 }).flat_map(|_| table.clone()));
+    all.push(4 * shape.head_dim);
+    all
+}
+
+fn rows_of(random: &mut ChaCha8Rng, columns: usize) -> Vec<f32> {
+    (0..ROWS * columns).map(|_| DEVIATION * normal(random)).collect()
+}
+
+/// A matrix of copies of those rows.
+fn weight(
+    slab: &mut Slab,
+    values: &[f32],
+    (rows, columns): (usize, usize),
+    quantization: BenchQuantization,
+) -> Result<DeviceWeight> {
+    let stored = match quantization {
+        BenchQuantization::Blocks(dtype) => {
+            let unit = quantize(dtype, columns, values)?;
+            let blocks = slab.take(rows * dtype.row_bytes(columns));
+            blocks.write(0, &unit[..unit.len().min(blocks.bytes())])?;
+            blocks.repeat(unit.len())?;
+            Stored::Blocks { dtype, blocks }
+        }
+        BenchQuantization::Nf4 => {
+            let unit = Nf4::quantize(values, (ROWS, columns), true)?;
+            let Absmax::Double { codes, map, nested, offset } = unit.absmax() else {
+                unreachable!("asked for double quantization")
+            };
+            let factors = (rows * columns).div_ceil(64);
+            let (packed, codes_on_gpu) = (slab.take(rows * columns / 2), slab.take(factors));
+            for (buffer, unit) in [(&packed, unit.packed()), (&codes_on_gpu, codes)] {
+                buffer.write(0, &unit[..unit.len().min(buffer.bytes())])?;
+                buffer.repeat(unit.len())?;
+            }
+            let nested: Vec<f32> = nested.iter().cycle().take(factors.div_ceil(256)).copied().collect();
+            Stored::Nf4 { packed, codes: codes_on_gpu, map: slab.of(map)?, nested: slab.of(&nested)?, offset: *offset }
+        }
+    };
+    Ok(DeviceWeight { stored, rows, columns })
+}
