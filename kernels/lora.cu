@@ -218,13 +218,13 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
         *reinterpret_cast<float2*>(part + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
         *reinterpret_cast<float2*>(part + group * GROUP + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
     }
-    if (!is_last_of_tile()) {
+    if (!is_last_of_tile<SPLIT>()) {
         return;
     }
     for (int i = thread; i < TILE * GROUPS; i += LORA_THREADS) {
         const int row = i / GROUPS, column = i % GROUPS * GROUP, at = row * WIDTH + column;
         if (first_row + row < product.tokens && column < width) {
-            const float4 low = total(partials, at, TILE * WIDTH), high = total(partials, at + 4, TILE * WIDTH);
+            const float4 low = total<SPLIT>(partials, at, TILE * WIDTH), high = total<SPLIT>(partials, at + 4, TILE * WIDTH);
             write(places, first_row + row, column, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
         }
     }
@@ -236,7 +236,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 // width = P R, a multiple of 8.
 // Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, rows = TILE (TILE / SPLIT
 // before Hopper); grid (SPLIT, ceil(tokens / TILE) * passes), block (2 * TILE), shared bytes STAGES * 144 * (rows + 8 * groups).
-extern "C" __global__ void __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_u_bf16(bf16* u, long long u_stride, bf16* u_kept, long long kept_stride, const bf16* x, long long x_stride, const bf16* a,
                 long long a_stride, float* partials, int tokens, int columns, int width) {
     const Pass pass = pass_of(blockIdx.y, width);
@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS)
 // du_p = dy_p (s B_p), as lora_u_bf16. dy (tokens, N); sb (N, P R): the top right of w_ext. `projections` tells their outputs.
 // Launch rule: as lora_u_bf16 with width = padded_rank, but grid (SPLIT, ceil(tokens / TILE) * P * passes) and shared bytes
 // STAGES * 16 * (9 * rows + 64 * (groups + 1)).
-extern "C" __global__ void __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_du_bf16(bf16* du, long long du_stride, bf16* du_kept, long long kept_stride, const bf16* dy, long long dy_stride, const bf16* sb,
                  long long sb_stride, float* partials, const __grid_constant__ LoraGroup projections, int tokens, int padded_rank) {
     const Pass pass = pass_of(blockIdx.y, padded_rank);

@@ -37,6 +37,17 @@ constexpr int LORA_THREADS = TILE / 16 * WARP;
 // Tiles of a launch at most.
 constexpr int MAX_TILES = 1 << 15;
 
+// Where the gradients of a group stand: dB (outputs, rank) or dA (rank, K), null where a projection has none.
+// engine/src/ops/cuda/lora.rs holds the same struct.
+struct LoraGradient {
+    float* gradient[MAX_PROJECTIONS];
+    int rank[MAX_PROJECTIONS];
+    int outputs[MAX_PROJECTIONS];
+    // Of dB only.
+    float scale[MAX_PROJECTIONS];
+    int count;
+};
+
 namespace {
 
 // 16-byte units of a row of a tile in shared memory: an odd number, so that eight rows lie in all banks.
@@ -99,13 +110,14 @@ __device__ __forceinline__ float* part_of_tile(float* partials, int part, int va
     return partials + (size_t(blockIdx.y) * SPLIT + part) * values;
 }
 
-// Whether this block is the last of its tile to get here; it sees what all have written before.
+// Whether this block is the last of the BLOCKS of its tile to get here; it sees what all have written before.
+template <int BLOCKS>
 __device__ __forceinline__ bool is_last_of_tile() {
     __shared__ bool is_last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(&arrivals[blockIdx.y], 1) == SPLIT - 1;
+        is_last = atomicAdd(&arrivals[blockIdx.y], 1) == BLOCKS - 1;
         if (is_last) {
             arrivals[blockIdx.y] = 0;
         }
@@ -116,15 +128,16 @@ __device__ __forceinline__ bool is_last_of_tile() {
 }
 
 // Four neighbouring values of a tile, summed over its parts in their order.
+template <int PARTS>
 __device__ __forceinline__ float4 total(const float* partials, int at, int values) {
-    float4 parts[SPLIT];
+    float4 parts[PARTS];
 #pragma unroll
-    for (int part = 0; part < SPLIT; part++) {
-        parts[part] = __ldcg(reinterpret_cast<const float4*>(partials + (size_t(blockIdx.y) * SPLIT + part) * values + at));
+    for (int part = 0; part < PARTS; part++) {
+        parts[part] = __ldcg(reinterpret_cast<const float4*>(partials + (size_t(blockIdx.y) * PARTS + part) * values + at));
     }
     float4 sum = parts[0];
 #pragma unroll
-    for (int part = 1; part < SPLIT; part++) {
+    for (int part = 1; part < PARTS; part++) {
         sum.x += parts[part].x;
         sum.y += parts[part].y;
         sum.z += parts[part].z;

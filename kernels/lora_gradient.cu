@@ -7,17 +7,6 @@
 
 #include "lora.cuh"
 
-// Where the gradients of a group stand: dB (outputs, rank) or dA (rank, K), null where a projection has none.
-// engine/src/ops/cuda/lora.rs holds the same struct.
-struct LoraGradient {
-    float* gradient[MAX_PROJECTIONS];
-    int rank[MAX_PROJECTIONS];
-    int outputs[MAX_PROJECTIONS];
-    // Of dB only.
-    float scale[MAX_PROJECTIONS];
-    int count;
-};
-
 // ---------------------------------------------------------------- device helpers
 
 namespace {
@@ -43,6 +32,7 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
     static_assert(STEP % ROWS_AT_ONCE == 0, "every thread copies as many units");
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const uint32_t base = shared_address(shared);
+    const bool small_aligned = is_aligned(product.small);
     const int all_steps = (product.tokens + STEP - 1) / STEP;
     const int begin = all_steps * own_part() / SPLIT, end = all_steps * (own_part() + 1) / SPLIT;
 
@@ -64,7 +54,8 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
             const bool is_there = token < product.tokens && unit * GROUP < width;
             const bf16* from = product.small + (is_there ? token * size_t(product.small_stride) + unit * GROUP : 0);
             if (index < STEP * GROUPS) {
-                copy_group(stage_small + 16 * (row * SMALL_UNITS + unit), from, is_there ? GROUP : 0);
+                const uint32_t to = stage_small + 16 * (row * SMALL_UNITS + unit);
+                small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
             }
         }
     };
@@ -119,7 +110,7 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
             *reinterpret_cast<float2*>(part + (c + 8) * GROUPS * GROUP + r) = make_float2(sums[group][2], sums[group][3]);
         }
     }
-    return is_last_of_tile();
+    return is_last_of_tile<SPLIT>();
 }
 
 // dB of a tile of columns, from rank `pass.first` on: `gradient` is the row of column 0.
@@ -135,7 +126,7 @@ __device__ __forceinline__ void add_db(float* gradient, int rank, float scale, c
         if (column < first_output || column >= product.end_column || r >= pass.width || left <= 0) {
             continue;
         }
-        const float4 sum = total(partials, c * WIDTH + r, TILE * WIDTH);
+        const float4 sum = total<SPLIT>(partials, c * WIDTH + r, TILE * WIDTH);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = gradient + size_t(column - first_output) * rank + pass.first + r;
 #pragma unroll
@@ -162,7 +153,7 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
         if (group.gradient[p] == nullptr || row >= group.rank[p] || column >= columns) {
             continue;
         }
-        const float4 sum = total(partials, r * TILE + c, TILE * GROUPS * GROUP);
+        const float4 sum = total<SPLIT>(partials, r * TILE + c, TILE * GROUPS * GROUP);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = group.gradient[p] + size_t(row) * columns + column;
         if (column + 4 <= columns && is_aligned(to)) {
@@ -187,7 +178,7 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
 // Launch rule: passes, groups and rows as for lora_u_bf16 with width = padded_rank; a projection whose outputs are columns f .. l of dy has
 // ceil((l - f / 8 * 8) / TILE) tiles; grid (SPLIT, tiles of all projections * passes), block (2 * TILE),
 // shared bytes STAGES * 1024 * ((rows / 8 | 1) + groups + 1).
-extern "C" __global__ void __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
                  float* partials, int tokens, int padded_rank) {
     const Pass pass = pass_of(blockIdx.y, padded_rank);
@@ -214,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS)
 
 // dA_p += du_p^T x. x (tokens, K = columns); du (tokens, P R), projection p from column p * padded_rank on.
 // Launch rule: as lora_db_bf16 with width = P R, but grid (SPLIT, ceil(columns / TILE) * passes).
-extern "C" __global__ void __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_da_bf16(const __grid_constant__ LoraGradient group, const bf16* x, long long x_stride, const bf16* du, long long du_stride,
                  float* partials, int tokens, int columns, int padded_rank) {
     const Pass pass = pass_of(blockIdx.y, group.count * padded_rank);
