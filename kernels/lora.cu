@@ -116,38 +116,36 @@ __device__ __forceinline__ void write(const Places& places, int row, int column,
 // tall[:, first_column:end_column] small^T for small (width, columns) with `TRANSPOSED` false; tall[...] small for small (columns, width)
 // with true. Of the result, `width` columns are written.
 template <int GROUPS, bool TRANSPOSED>
-__device__ __forceinline__ void project(const Places& places, const Product& product, int tile, int width) {
+__device__ __forceinline__ void project(const Places& places, const Product& product, float* partials, int tile, int width) {
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr int TALL_UNITS = row_units(STEP), UNITS = STEP / GROUP;
     constexpr int SMALL_ROWS = TRANSPOSED ? STEP : GROUPS * GROUP, SMALL_UNITS = TRANSPOSED ? row_units(GROUPS * GROUP) : TALL_UNITS;
-    constexpr int STAGE_BYTES = 16 * (TILE_PART * TALL_UNITS + SMALL_ROWS * SMALL_UNITS);
+    constexpr int STAGE_BYTES = 16 * (TILE * TALL_UNITS + SMALL_ROWS * SMALL_UNITS);
     constexpr int ROWS_AT_ONCE = LORA_THREADS / UNITS;
+    static_assert(TILE % ROWS_AT_ONCE == 0, "every thread copies as many units");
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    const int first_row = TILE_PART == TILE ? tile * TILE : tile * TILE + part_of_tile() * TILE_PART;
+    const int first_row = tile * TILE;
     const int end_column = product.end_column;
     const uint32_t base = shared_address(shared);
     const bool small_aligned = is_aligned(product.small);
     // The blocks of a tile take turns, so that together they read long runs of a row.
-    const int all_steps = (end_column - product.first_column + STEP - 1) / STEP, turn = TILE_PART == TILE ? SPLIT : 1;
-    const int own_turn = TILE_PART == TILE ? part_of_tile() : 0, begin = 0, end = (all_steps - own_turn + turn - 1) / turn;
+    const int all_steps = (end_column - product.first_column + STEP - 1) / STEP, steps = (all_steps - own_part() + SPLIT - 1) / SPLIT;
 
     // A thread copies one unit of every ROWS_AT_ONCE-th row. Rows beyond the last are copies of it: their results are not written.
     const int own_unit = thread % UNITS, own_row = thread / UNITS;
-    const bf16* tall_rows[(TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE];
+    const bf16* tall_rows[TILE / ROWS_AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < (TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+    for (int i = 0; i < TILE / ROWS_AT_ONCE; i++) {
         const int row = min(first_row + own_row + i * ROWS_AT_ONCE, product.tokens - 1);
         tall_rows[i] = product.tall + row * size_t(product.tall_stride) + own_unit * GROUP;
     }
     const auto load_step = [&](int step) {
-        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE_PART * TALL_UNITS;
-        const int column = product.first_column + (step * turn + own_turn) * STEP, left = end_column - column - own_unit * GROUP;
+        const uint32_t stage = base + step % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE * TALL_UNITS;
+        const int column = product.first_column + (step * SPLIT + own_part()) * STEP, left = end_column - column - own_unit * GROUP;
 #pragma unroll
-        for (int i = 0; i < (TILE_PART + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+        for (int i = 0; i < TILE / ROWS_AT_ONCE; i++) {
             const int row = own_row + i * ROWS_AT_ONCE;
-            if (TILE_PART % ROWS_AT_ONCE == 0 || row < TILE_PART) {
-                copy_group(stage + 16 * (row * TALL_UNITS + own_unit), left > 0 ? tall_rows[i] + column : product.tall, left);
-            }
+            copy_group(stage + 16 * (row * TALL_UNITS + own_unit), left > 0 ? tall_rows[i] + column : product.tall, left);
         }
         if constexpr (TRANSPOSED) {
 #pragma unroll
@@ -174,23 +172,20 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
     };
 
     float sums[GROUPS][4] = {};
-    for (int step = begin; step < begin + STAGES - 1; step++) {
-        if (step < end) {
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) {
             load_step(step);
         }
         commit_copies();
     }
-    for (int step = begin; step < end; step++) {
+    for (int step = 0; step < steps; step++) {
         await_copies<STAGES - 2>();
         __syncthreads();
-        if (step + STAGES - 1 < end) {
+        if (step + STAGES - 1 < steps) {
             load_step(step + STAGES - 1);
         }
         commit_copies();
-        if (warp * 16 >= TILE_PART) {
-            continue;
-        }
-        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE_PART * TALL_UNITS;
+        const uint32_t stage = base + step % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE * TALL_UNITS;
 #pragma unroll
         for (int half = 0; half < STEP / 32; half++) {
             uint32_t left[2][4];
@@ -216,30 +211,23 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
         }
     }
 
-    // The sums of the blocks meet where the stages were.
-    await_copies<0>();
-    __syncthreads();
     constexpr int WIDTH = GROUPS * GROUP;
-    float* parts = reinterpret_cast<float*>(shared);
-    if (warp * 16 < TILE_PART) {
+    float* part = part_of_tile(partials, own_part(), TILE * WIDTH) + (warp * 16 + lane / 4) * WIDTH + lane % 4 * 2;
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            float* to = parts + (warp * 16 + lane / 4) * WIDTH + group * GROUP + lane % 4 * 2;
-            *reinterpret_cast<float2*>(to) = make_float2(sums[group][0], sums[group][1]);
-            *reinterpret_cast<float2*>(to + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
-        }
+    for (int group = 0; group < GROUPS; group++) {
+        *reinterpret_cast<float2*>(part + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
+        *reinterpret_cast<float2*>(part + group * GROUP + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
     }
-    sync_tile();
-    const int first_own = TILE_PART == TILE ? part_of_tile() * (TILE / SPLIT) : 0;
-    for (int i = thread; i < TILE / SPLIT * GROUPS; i += LORA_THREADS) {
-        const int row = first_own + i / GROUPS, column = i % GROUPS * GROUP;
+    if (!is_last_of_tile<SPLIT>()) {
+        return;
+    }
+    for (int i = thread; i < TILE * GROUPS; i += LORA_THREADS) {
+        const int row = i / GROUPS, column = i % GROUPS * GROUP, at = row * WIDTH + column;
         if (first_row + row < product.tokens && column < width) {
-            const float4 low = total(parts + row * WIDTH + column), high = total(parts + row * WIDTH + column + 4);
+            const float4 low = total<SPLIT>(partials, at, TILE * WIDTH), high = total<SPLIT>(partials, at + 4, TILE * WIDTH);
             write(places, first_row + row, column, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
         }
     }
-    // A block's shared memory stays until all have read it.
-    sync_tile();
 }
 
 }  // namespace
@@ -248,23 +236,23 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 // width = P R, a multiple of 8.
 // Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, rows = TILE (TILE / SPLIT
 // before Hopper); grid (SPLIT, ceil(tokens / TILE) * passes), block (2 * TILE), shared bytes STAGES * 144 * (rows + 8 * groups).
-extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_u_bf16(bf16* u, long long u_stride, bf16* u_kept, long long kept_stride, const bf16* x, long long x_stride, const bf16* a,
-                long long a_stride, int tokens, int columns, int width) {
+                long long a_stride, float* partials, int tokens, int columns, int width) {
     const Pass pass = pass_of(blockIdx.y, width);
     const Product product = {x, x_stride, 0, columns, a + pass.first * size_t(a_stride), a_stride, tokens};
     const Places places = {u + pass.first, u_stride, u_kept == nullptr ? nullptr : u_kept + pass.first, kept_stride};
     with_groups(pass.groups, [&](auto groups) {
-        project<decltype(groups)::value, false>(places, product, blockIdx.y / pass.count, pass.width);
+        project<decltype(groups)::value, false>(places, product, partials, blockIdx.y / pass.count, pass.width);
     });
 }
 
 // du_p = dy_p (s B_p), as lora_u_bf16. dy (tokens, N); sb (N, P R): the top right of w_ext. `projections` tells their outputs.
 // Launch rule: as lora_u_bf16 with width = padded_rank, but grid (SPLIT, ceil(tokens / TILE) * P * passes) and shared bytes
 // STAGES * 16 * (9 * rows + 64 * (groups + 1)).
-extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_du_bf16(bf16* du, long long du_stride, bf16* du_kept, long long kept_stride, const bf16* dy, long long dy_stride, const bf16* sb,
-                 long long sb_stride, const __grid_constant__ LoraGroup projections, int tokens, int padded_rank) {
+                 long long sb_stride, float* partials, const __grid_constant__ LoraGroup projections, int tokens, int padded_rank) {
     const Pass pass = pass_of(blockIdx.y, padded_rank);
     const int tiles = (tokens + TILE - 1) / TILE, index = blockIdx.y / pass.count, p = index / tiles;
     int first = 0;
@@ -276,7 +264,7 @@ extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
     const Product product = {dy, dy_stride, first / GROUP * GROUP, first + projections.outputs[p], sb + column, sb_stride, tokens};
     const Places places = {du + column, du_stride, du_kept == nullptr ? nullptr : du_kept + column, kept_stride};
     with_groups(pass.groups, [&](auto groups) {
-        project<decltype(groups)::value, true>(places, product, index - p * tiles, pass.width);
+        project<decltype(groups)::value, true>(places, product, partials, index - p * tiles, pass.width);
     });
 }
 

@@ -1,8 +1,8 @@
 // What lora.cu and lora_gradient.cu share: the structs of a group, and the pipeline from device memory to the tensor cores.
 //
-// Both kinds of product stream a tall matrix once. The blocks of a tile of the result split the sum: on Hopper they are a cluster, add their
-// parts through distributed shared memory in a fixed order, and the tile may be large; elsewhere each takes a part of the tile and the
-// whole sum.
+// Both kinds of product stream a tall matrix once. SPLIT blocks share a tile of the result, each with a part of the sum; the last one to
+// arrive adds the parts in their order, so that the result is the same in every run. (Clusters would do so without device memory, but of
+// four blocks each, half of an H100's processors stayed idle: measured.)
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 constexpr int MAX_PROJECTIONS = 3;
 #ifndef LPRE
-#define LPRE ""
+#define LPRE ".L2::128B"
 #endif
 #ifndef LSPLIT
 #define LSPLIT 4
@@ -26,21 +26,27 @@ constexpr int MAX_PROJECTIONS = 3;
 #endif
 // Blocks that share a tile of the result.
 constexpr int SPLIT = LSPLIT;
-// Rows (or columns) of the tall matrix in a tile; of them a block sums TILE_PART.
+// Rows (or columns) of the tall matrix in a tile.
 constexpr int TILE = LTILE;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int TILE_PART = TILE / SPLIT;
-#define LORA_CLUSTER
-#else
-constexpr int TILE_PART = TILE;
-#define LORA_CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#endif
 // Depth of a step of the sum, and steps that are on their way at a time.
 constexpr int STEP = LSTEP, STAGES = LSTAGES;
 // Columns of the small operand that a pass covers at most, so that its sums stay in registers.
 constexpr int MAX_WIDTH = 96;
 // A warp has 16 rows (or columns) of a tile.
 constexpr int LORA_THREADS = TILE / 16 * WARP;
+// Tiles of a launch at most.
+constexpr int MAX_TILES = 1 << 15;
+
+// Where the gradients of a group stand: dB (outputs, rank) or dA (rank, K), null where a projection has none.
+// engine/src/ops/cuda/lora.rs holds the same struct.
+struct LoraGradient {
+    float* gradient[MAX_PROJECTIONS];
+    int rank[MAX_PROJECTIONS];
+    int outputs[MAX_PROJECTIONS];
+    // Of dB only.
+    float scale[MAX_PROJECTIONS];
+    int count;
+};
 
 namespace {
 
@@ -93,53 +99,51 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left
                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_low), "r"(right_high));
 }
 
-// Which of the four blocks of a tile this is.
-__device__ __forceinline__ int part_of_tile() { return blockIdx.x; }
+// Blocks of each tile that have left their part: 0 before and after every launch.
+__device__ int arrivals[MAX_TILES];
 
-// The steps of the sum that this block takes.
-__device__ __forceinline__ void own_steps(int steps, int& begin, int& end) {
-    begin = 0;
-    end = steps;
-    if (TILE_PART == TILE) {
-        begin = int(size_t(steps) * part_of_tile() / SPLIT);
-        end = int(size_t(steps) * (part_of_tile() + 1) / SPLIT);
-    }
+// Which part of the tile's sum this block has.
+__device__ __forceinline__ int own_part() { return blockIdx.x; }
+
+// Where that part is left: `values` floats, a multiple of 4.
+__device__ __forceinline__ float* part_of_tile(float* partials, int part, int values) {
+    return partials + (size_t(blockIdx.y) * SPLIT + part) * values;
 }
 
-// All threads of the blocks of a tile; what they wrote to shared memory before is seen by all after.
-__device__ __forceinline__ void sync_tile() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
+// Whether this block is the last of the BLOCKS of its tile to get here; it sees what all have written before.
+template <int BLOCKS>
+__device__ __forceinline__ bool is_last_of_tile() {
+    __shared__ bool is_last;
+    __threadfence();
     __syncthreads();
-#endif
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(&arrivals[blockIdx.y], 1) == BLOCKS - 1;
+        if (is_last) {
+            arrivals[blockIdx.y] = 0;
+        }
+    }
+    __syncthreads();
+    __threadfence();
+    return is_last;
 }
 
-// Four neighbouring sums of a tile over the blocks that share it, in the order of the blocks.
-__device__ __forceinline__ float4 total(const float* own) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    float4 parts[SPLIT];
+// Four neighbouring values of a tile, summed over its parts in their order.
+template <int PARTS>
+__device__ __forceinline__ float4 total(const float* partials, int at, int values) {
+    float4 parts[PARTS];
 #pragma unroll
-    for (int block = 0; block < SPLIT; block++) {
-        uint32_t at;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(parts[block].x), "=f"(parts[block].y), "=f"(parts[block].z), "=f"(parts[block].w)
-                     : "r"(at)
-                     : "memory");
+    for (int part = 0; part < PARTS; part++) {
+        parts[part] = __ldcg(reinterpret_cast<const float4*>(partials + (size_t(blockIdx.y) * PARTS + part) * values + at));
     }
     float4 sum = parts[0];
 #pragma unroll
-    for (int block = 1; block < SPLIT; block++) {
-        sum.x += parts[block].x;
-        sum.y += parts[block].y;
-        sum.z += parts[block].z;
-        sum.w += parts[block].w;
+    for (int part = 1; part < PARTS; part++) {
+        sum.x += parts[part].x;
+        sum.y += parts[part].y;
+        sum.z += parts[part].z;
+        sum.w += parts[part].w;
     }
     return sum;
-#else
-    return *reinterpret_cast<const float4*>(own);
-#endif
 }
 
 // Columns of a small operand of `width` that a pass covers: as many for each.

@@ -7,17 +7,6 @@
 
 #include "lora.cuh"
 
-// Where the gradients of a group stand: dB (outputs, rank) or dA (rank, K), null where a projection has none.
-// engine/src/ops/cuda/lora.rs holds the same struct.
-struct LoraGradient {
-    float* gradient[MAX_PROJECTIONS];
-    int rank[MAX_PROJECTIONS];
-    int outputs[MAX_PROJECTIONS];
-    // Of dB only.
-    float scale[MAX_PROJECTIONS];
-    int count;
-};
-
 // ---------------------------------------------------------------- device helpers
 
 namespace {
@@ -34,30 +23,30 @@ struct Product {
 };
 
 // The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to its
-// shared memory: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use.
+// part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
 template <int GROUPS, bool BY_RANK>
-__device__ __forceinline__ const float* sum_over_tokens(const Product& product, int width) {
+__device__ __forceinline__ bool sum_over_tokens(const Product& product, float* partials, int width) {
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int TALL_UNITS = row_units(TILE_PART), UNITS = TILE_PART / GROUP, SMALL_UNITS = row_units(GROUPS * GROUP);
+    constexpr int TALL_UNITS = row_units(TILE), UNITS = TILE / GROUP, SMALL_UNITS = row_units(GROUPS * GROUP);
     constexpr int STAGE_BYTES = 16 * STEP * (TALL_UNITS + SMALL_UNITS), ROWS_AT_ONCE = LORA_THREADS / UNITS;
+    static_assert(STEP % ROWS_AT_ONCE == 0, "every thread copies as many units");
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const uint32_t base = shared_address(shared);
-    int begin, end;
-    own_steps((product.tokens + STEP - 1) / STEP, begin, end);
+    const bool small_aligned = is_aligned(product.small);
+    const int all_steps = (product.tokens + STEP - 1) / STEP;
+    const int begin = all_steps * own_part() / SPLIT, end = all_steps * (own_part() + 1) / SPLIT;
 
     const int own_unit = thread % UNITS, own_row = thread / UNITS;
-    const int column = product.first_column + (TILE_PART == TILE ? 0 : part_of_tile() * TILE_PART) + own_unit * GROUP;
+    const int column = product.first_column + own_unit * GROUP;
     const int left = product.end_column - column;
     const auto load_step = [&](int step) {
         const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
 #pragma unroll
-        for (int i = 0; i < (STEP + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+        for (int i = 0; i < STEP / ROWS_AT_ONCE; i++) {
             // Tokens beyond the last are copies of it here, and 0 in the small matrix.
             const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, product.tokens - 1);
             const bf16* from = product.tall + (left > 0 ? token * size_t(product.tall_stride) + column : 0);
-            if (STEP % ROWS_AT_ONCE == 0 || row < STEP) {
-                copy_group(stage + 16 * (row * TALL_UNITS + own_unit), from, left);
-            }
+            copy_group(stage + 16 * (row * TALL_UNITS + own_unit), from, left);
         }
 #pragma unroll
         for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
@@ -65,7 +54,8 @@ __device__ __forceinline__ const float* sum_over_tokens(const Product& product, 
             const bool is_there = token < product.tokens && unit * GROUP < width;
             const bf16* from = product.small + (is_there ? token * size_t(product.small_stride) + unit * GROUP : 0);
             if (index < STEP * GROUPS) {
-                copy_group(stage_small + 16 * (row * SMALL_UNITS + unit), from, is_there ? GROUP : 0);
+                const uint32_t to = stage_small + 16 * (row * SMALL_UNITS + unit);
+                small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
             }
         }
     };
@@ -84,9 +74,6 @@ __device__ __forceinline__ const float* sum_over_tokens(const Product& product, 
             load_step(step + STAGES - 1);
         }
         commit_copies();
-        if (warp * 16 >= TILE_PART) {
-            continue;
-        }
         const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
 #pragma unroll
         for (int half = 0; half < STEP / 32; half++) {
@@ -109,40 +96,37 @@ __device__ __forceinline__ const float* sum_over_tokens(const Product& product, 
         }
     }
 
-    // The sums of the blocks meet where the stages were.
-    await_copies<0>();
-    __syncthreads();
-    float* parts = reinterpret_cast<float*>(shared);
-    if (warp * 16 < TILE_PART) {
+    float* part = part_of_tile(partials, own_part(), TILE * GROUPS * GROUP);
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
+    for (int group = 0; group < GROUPS; group++) {
+        const int c = warp * 16 + lane / 4, r = group * GROUP + lane % 4 * 2;
+        if (BY_RANK) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int c = warp * 16 + lane / 4 + i / 2 * 8, r = group * GROUP + lane % 4 * 2 + i % 2;
-                parts[BY_RANK ? r * TILE_PART + c : c * GROUPS * GROUP + r] = sums[group][i];
+                part[(r + i % 2) * TILE + c + i / 2 * 8] = sums[group][i];
             }
+        } else {
+            *reinterpret_cast<float2*>(part + c * GROUPS * GROUP + r) = make_float2(sums[group][0], sums[group][1]);
+            *reinterpret_cast<float2*>(part + (c + 8) * GROUPS * GROUP + r) = make_float2(sums[group][2], sums[group][3]);
         }
     }
-    sync_tile();
-    return parts;
+    return is_last_of_tile<SPLIT>();
 }
-
-// Columns of a tile that a block writes, and where they begin in the tile and among its own sums.
-constexpr int OWN_COLUMNS = TILE / SPLIT;
-__device__ __forceinline__ int own_in_tile() { return part_of_tile() * OWN_COLUMNS; }
-__device__ __forceinline__ int own_in_parts() { return TILE_PART == TILE ? own_in_tile() : 0; }
 
 // dB of a tile of columns, from rank `pass.first` on: `gradient` is the row of column 0.
 template <int GROUPS>
-__device__ __forceinline__ void add_db(float* gradient, int rank, float scale, const Product& product, int first_output, const Pass& pass) {
+__device__ __forceinline__ void add_db(float* gradient, int rank, float scale, const Product& product, float* partials, int first_output,
+                                       const Pass& pass) {
     constexpr int WIDTH = GROUPS * GROUP, FOURS = WIDTH / 4;
-    const float* parts = sum_over_tokens<GROUPS, false>(product, pass.width);
-    for (int i = threadIdx.x; i < OWN_COLUMNS * FOURS; i += LORA_THREADS) {
-        const int c = i / FOURS, r = i % FOURS * 4, column = product.first_column + own_in_tile() + c, left = rank - pass.first - r;
+    if (!sum_over_tokens<GROUPS, false>(product, partials, pass.width)) {
+        return;
+    }
+    for (int i = threadIdx.x; i < TILE * FOURS; i += LORA_THREADS) {
+        const int c = i / FOURS, r = i % FOURS * 4, column = product.first_column + c, left = rank - pass.first - r;
         if (column < first_output || column >= product.end_column || r >= pass.width || left <= 0) {
             continue;
         }
-        const float4 sum = total(parts + (own_in_parts() + c) * WIDTH + r);
+        const float4 sum = total<SPLIT>(partials, c * WIDTH + r, TILE * WIDTH);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = gradient + size_t(column - first_output) * rank + pass.first + r;
 #pragma unroll
@@ -152,22 +136,24 @@ __device__ __forceinline__ void add_db(float* gradient, int rank, float scale, c
             }
         }
     }
-    sync_tile();
 }
 
 // dA of a tile of columns.
 template <int GROUPS>
-__device__ __forceinline__ void add_da(const LoraGradient& group, const Product& product, int padded_rank, const Pass& pass) {
-    constexpr int FOURS = OWN_COLUMNS / 4;
-    const float* parts = sum_over_tokens<GROUPS, true>(product, pass.width);
+__device__ __forceinline__ void add_da(const LoraGradient& group, const Product& product, float* partials, int padded_rank,
+                                       const Pass& pass) {
+    constexpr int FOURS = TILE / 4;
+    if (!sum_over_tokens<GROUPS, true>(product, partials, pass.width)) {
+        return;
+    }
     const int columns = product.end_column;
     for (int i = threadIdx.x; i < pass.width * FOURS; i += LORA_THREADS) {
-        const int r = i / FOURS, c = i % FOURS * 4, column = product.first_column + own_in_tile() + c;
+        const int r = i / FOURS, c = i % FOURS * 4, column = product.first_column + c;
         const int p = (pass.first + r) / padded_rank, row = pass.first + r - p * padded_rank;
         if (group.gradient[p] == nullptr || row >= group.rank[p] || column >= columns) {
             continue;
         }
-        const float4 sum = total(parts + r * TILE_PART + own_in_parts() + c);
+        const float4 sum = total<SPLIT>(partials, r * TILE + c, TILE * GROUPS * GROUP);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = group.gradient[p] + size_t(row) * columns + column;
         if (column + 4 <= columns && is_aligned(to)) {
@@ -182,7 +168,6 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
             }
         }
     }
-    sync_tile();
 }
 
 }  // namespace
@@ -193,9 +178,9 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
 // Launch rule: passes, groups and rows as for lora_u_bf16 with width = padded_rank; a projection whose outputs are columns f .. l of dy has
 // ceil((l - f / 8 * 8) / TILE) tiles; grid (SPLIT, tiles of all projections * passes), block (2 * TILE),
 // shared bytes STAGES * 1024 * ((rows / 8 | 1) + groups + 1).
-extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
-                 int tokens, int padded_rank) {
+                 float* partials, int tokens, int padded_rank) {
     const Pass pass = pass_of(blockIdx.y, padded_rank);
     int p = 0, first = 0, tile = blockIdx.y / pass.count;
     for (;; p++) {
@@ -214,19 +199,19 @@ extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
     const bf16* u_p = u + p * padded_rank + pass.first;
     const Product product = {dy, dy_stride, first_column, first + group.outputs[p], u_p, u_stride, tokens};
     with_groups(pass.groups, [&](auto groups) {
-        add_db<decltype(groups)::value>(group.gradient[p], group.rank[p], group.scale[p], product, first, pass);
+        add_db<decltype(groups)::value>(group.gradient[p], group.rank[p], group.scale[p], product, partials, first, pass);
     });
 }
 
 // dA_p += du_p^T x. x (tokens, K = columns); du (tokens, P R), projection p from column p * padded_rank on.
 // Launch rule: as lora_db_bf16 with width = P R, but grid (SPLIT, ceil(columns / TILE) * passes).
-extern "C" __global__ void LORA_CLUSTER __launch_bounds__(LORA_THREADS)
+extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_da_bf16(const __grid_constant__ LoraGradient group, const bf16* x, long long x_stride, const bf16* du, long long du_stride,
-                 int tokens, int columns, int padded_rank) {
+                 float* partials, int tokens, int columns, int padded_rank) {
     const Pass pass = pass_of(blockIdx.y, group.count * padded_rank);
     const int first_column = int(blockIdx.y) / pass.count * TILE;
     const Product product = {x, x_stride, first_column, columns, du + pass.first, du_stride, tokens};
-    with_groups(pass.groups, [&](auto groups) { add_da<decltype(groups)::value>(group, product, padded_rank, pass); });
+    with_groups(pass.groups, [&](auto groups) { add_da<decltype(groups)::value>(group, product, partials, padded_rank, pass); });
 }
 
 // As lora_db_bf16. Launch rule: ceil(N * padded_rank / 256) blocks of 256 threads.

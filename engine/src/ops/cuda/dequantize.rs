@@ -62,3 +62,76 @@ fn single(stored: BlockType, dtype: Dtype) -> &'static str {
     names!("dequantize_rows_", stored, dtype, F32 "f32", F16 "f16", BF16 "bf16", Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0",
         Q5_1 "q5_1", Q8_0 "q8_0", Q2K "q2_k", Q3K "q3_k", Q4K "q4_k", Q5K "q5_k", Q6K "q6_k", IQ4NL "iq4_nl")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Held, gpu, random, rounded};
+    use super::*;
+    use crate::model::weights::Weight;
+    use crate::quant::{Absmax, Nf4, quantize};
+
+    const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
+
+    #[test]
+    fn every_type_is_dequantized_as_on_the_cpu() {
+        let Some(gpu) = gpu() else { return };
+        for stored_type in BlockType::ALL {
+            let block = stored_type.block_values();
+            let widths = if block == 1 { vec![1, 173, 4104] } else { vec![block, 3 * block, 17 * 256] };
+            for (rows, columns) in
+                [1, 7, 33].into_iter().flat_map(|rows| widths.iter().map(move |&columns| (rows, columns)))
+            {
+                let bytes = quantize(stored_type, columns, &random(1, rows * columns)).unwrap();
+                let weight = Weight::from_bytes(&bytes, stored_type, (rows, columns)).unwrap();
+                let mut expected = vec![0f32; rows * columns];
+                weight.dequantize_rows(0..rows, &mut expected).unwrap();
+                let stored = Stored::Blocks { dtype: stored_type, blocks: Buffer::of(&gpu, &bytes).unwrap() };
+                let on_device = DeviceWeight { stored, rows, columns };
+                let tokens: Vec<i32> = (0..19).map(|token| token * 5 % rows as i32).collect();
+                let looked_up: Vec<f32> = tokens
+                    .iter()
+                    .flat_map(|&token| &expected[token as usize * columns..][..columns])
+                    .copied()
+                    .collect();
+                let tokens_on_device = Buffer::of(&gpu, &tokens).unwrap();
+                for dtype in DTYPES {
+                    let stride = columns.next_multiple_of(8) + 16;
+                    let out = Held::poisoned(&gpu, (rows, columns), stride, dtype);
+                    dequantize(&gpu, &on_device, out.mat()).unwrap();
+                    assert_eq!(
+                        out.values(),
+                        rounded(&expected, dtype),
+                        "{stored_type:?} {rows} × {columns} to {dtype:?}"
+                    );
+                    let out = Held::poisoned(&gpu, (tokens.len(), columns), stride, dtype);
+                    embed(&gpu, &on_device, &tokens_on_device, out.mat()).unwrap();
+                    assert_eq!(out.values(), rounded(&looked_up, dtype), "rows of {stored_type:?}, {columns} wide");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nf4_is_dequantized_as_on_the_cpu() {
+        let Some(gpu) = gpu() else { return };
+        for (rows, columns) in [(1, 1), (1, 64), (64, 172), (7, 33), (300, 1024)] {
+            let matrix = Nf4::quantize(&random(2, rows * columns), (rows, columns), true).unwrap();
+            let mut expected = vec![0f32; rows * columns];
+            matrix.dequantize_rows(0..rows, &mut expected).unwrap();
+            let Absmax::Double { codes, map, nested, offset } = matrix.absmax() else { panic!("double quantization") };
+            let stored = Stored::Nf4 {
+                packed: Buffer::of(&gpu, matrix.packed()).unwrap(),
+                codes: Buffer::of(&gpu, codes).unwrap(),
+                map: Buffer::of(&gpu, map).unwrap(),
+                nested: Buffer::of(&gpu, nested).unwrap(),
+                offset: *offset,
+            };
+            let on_device = DeviceWeight { stored, rows, columns };
+            for dtype in DTYPES {
+                let out = Held::poisoned(&gpu, (rows, columns), columns.next_multiple_of(8) + 8, dtype);
+                dequantize(&gpu, &on_device, out.mat()).unwrap();
+                assert_eq!(out.values(), rounded(&expected, dtype), "{rows} × {columns} to {dtype:?}");
+            }
+        }
+    }
+}

@@ -1,13 +1,25 @@
-//! LoRA's own products on a GPU.
+//! LoRA's own products on a GPU: tall matrices with narrow ones, each read once.
+//!
+//! What kernels/lora.cu and kernels/lora_gradient.cu say of shapes holds here; all sums of a launch are added in a fixed order.
 
-use super::flat::of_type;
-use super::gemm::Product;
+use super::flat::{GROUP, of_type};
 use super::launch::Argument;
-use super::sizes::Sizes;
-use super::{Gpu, Mat};
+use super::sizes::{Group, Sizes};
+use super::{Dtype, Gpu, Launch, Mat};
 use crate::Result;
 
 const MAX_PROJECTIONS: usize = 3;
+/// Blocks that share a tile of a result, rows (or columns) of a tile, depth of a step, steps on their way; kernels/lora.cuh names them too.
+const SPLIT: usize = 4;
+const TILE: usize = 128;
+const STEP: usize = 64;
+const STAGES: usize = 4;
+/// Columns of a narrow matrix in a pass, and tiles of a launch, at most; kernels/lora.cuh names them too.
+const MAX_WIDTH: usize = 96;
+const MAX_TILES: usize = 1 << 15;
+/// Threads of a block: a warp has 16 rows of a tile.
+const THREADS: u32 = (TILE / 16 * 32) as u32;
+const FLAT_THREADS: usize = 256;
 
 /// A projection's LoRA among the parameters: addresses of A and B, 0 where it has none, and its outputs.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +32,7 @@ pub(crate) struct Pair {
 /// kernels/lora.cu holds the same struct.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
-struct Group {
+struct Parameters {
     lora_a: [u64; MAX_PROJECTIONS],
     lora_b: [u64; MAX_PROJECTIONS],
     rank: [i32; MAX_PROJECTIONS],
@@ -30,11 +42,64 @@ struct Group {
 }
 
 // SAFETY: `repr(C)`, as the kernels have it.
-unsafe impl Argument for Group {}
+unsafe impl Argument for Parameters {}
 
-/// f32 values that sums over parts of the tokens need at once.
-pub(crate) fn partial_values(_sizes: &Sizes, _tokens: usize) -> usize {
-    0
+/// kernels/lora_gradient.cu holds the same struct.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct GradientGroup {
+    gradient: [u64; MAX_PROJECTIONS],
+    rank: [i32; MAX_PROJECTIONS],
+    outputs: [i32; MAX_PROJECTIONS],
+    scale: [f32; MAX_PROJECTIONS],
+    count: i32,
+}
+
+// SAFETY: `repr(C)`, as the kernels have it.
+unsafe impl Argument for GradientGroup {}
+
+/// How the kernels cover a narrow matrix: passes over the tall one, and groups of 8 columns that each is compiled for.
+#[derive(Debug, Clone, Copy)]
+struct Passes {
+    count: usize,
+    groups: usize,
+}
+
+impl Passes {
+    fn of(width: usize) -> Self {
+        let count = width.div_ceil(MAX_WIDTH);
+        let groups = (width / GROUP).div_ceil(count.max(1));
+        let groups =
+            [2, 4, 6, 8, 12].into_iter().find(|&compiled| compiled >= groups).expect("a pass has 12 groups at most");
+        Self { count, groups }
+    }
+
+    /// f32 values that the parts of so many tiles take.
+    fn partial_values(self, tiles: usize) -> usize {
+        tiles * self.count * SPLIT * TILE * GROUP * self.groups
+    }
+}
+
+/// 16-byte units of a row in shared memory.
+fn row_units(values: usize) -> usize {
+    values / GROUP | 1
+}
+
+/// f32 values that the parts of sums of any of a model's groups take at once.
+pub(crate) fn partial_values(sizes: &Sizes, tokens: usize) -> usize {
+    let rank = Passes::of(sizes.padded_rank);
+    let of_group = |group: Group| {
+        let (of, projections) = (sizes.group(group), group.targets().len());
+        if of.extension == 0 {
+            return 0;
+        }
+        let all = Passes::of(of.extension);
+        // One more a projection, which may begin within a tile.
+        let u = all.partial_values(tokens.div_ceil(TILE)).max(all.partial_values(of.inputs.div_ceil(TILE)));
+        u.max(rank.partial_values(projections * tokens.div_ceil(TILE)))
+            .max(rank.partial_values(of.outputs.div_ceil(TILE) + projections))
+    };
+    Group::ALL.into_iter().map(of_group).max().unwrap_or(0)
 }
 
 /// Writes A's rows and s·B's columns into W'.
@@ -46,7 +111,7 @@ pub(crate) fn fill(
     (rank, padded_rank): (usize, usize),
     scale: f32,
 ) -> Result<()> {
-    let mut group = Group { count: pairs.len() as i32, ..Group::default() };
+    let mut group = Parameters { count: pairs.len() as i32, ..Parameters::default() };
     for (place, pair) in pairs.iter().enumerate() {
         group.lora_a[place] = pair.a;
         group.lora_b[place] = pair.b;
@@ -65,25 +130,307 @@ pub(crate) fn fill(
 }
 
 /// u = x Aᵀ, into x's extension and into `kept`.
-pub(crate) fn u(gpu: &Gpu, x: Mat<'_>, a: Mat<'_>, extension: Mat<'_>, kept: Option<Mat<'_>>) -> Result<()> {
-    gpu.gemm("lora u", extension, Product::nt(x, a))?;
-    match kept {
-        Some(kept) => gpu.gemm("lora u", kept, Product::nt(x, a)),
-        None => Ok(()),
+pub(crate) fn u(
+    gpu: &Gpu,
+    partials: Mat<'_>,
+    x: Mat<'_>,
+    a: Mat<'_>,
+    extension: Mat<'_>,
+    kept: Option<Mat<'_>>,
+) -> Result<()> {
+    let (tokens, width) = extension.shape();
+    assert!(x.rows == tokens && a.shape() == (width, x.columns), "lora u: {x:?} {a:?}");
+    assert!(kept.is_none_or(|kept| kept.shape() == extension.shape()), "lora u: {kept:?}");
+    let name = of_type(x.dtype, "lora_u_bf16", "lora_u_f32");
+    let launch = optional(gpu.launch(name)?.mat(extension), kept).mat(x).mat(a);
+    if x.dtype == Dtype::F32 {
+        // SAFETY: shapes were checked.
+        return unsafe { launch.int(tokens).int(x.columns).int(width).grid(tokens as u32, FLAT_THREADS as u32).run() };
+    }
+    let passes = Passes::of(width);
+    let launch = tiled(launch, partials, passes, tokens.div_ceil(TILE));
+    let shared = STAGES * 16 * row_units(STEP) * (TILE + GROUP * passes.groups);
+    // SAFETY: shapes, the room for parts and the number of tiles were checked.
+    unsafe { launch.int(tokens).int(x.columns).int(width).shared(shared as u32).run() }
+}
+
+/// du = dy (s·B), into dy's extension; `outputs` are the columns of dy of each projection.
+pub(crate) fn du(
+    gpu: &Gpu,
+    partials: Mat<'_>,
+    dy: Mat<'_>,
+    scaled_b: Mat<'_>,
+    du: Mat<'_>,
+    outputs: &[usize],
+) -> Result<()> {
+    let (tokens, width) = du.shape();
+    let columns: usize = outputs.iter().sum();
+    assert!(dy.shape() == (tokens, columns) && scaled_b.shape() == (columns, width), "lora du: {dy:?} {scaled_b:?}");
+    let padded_rank = width / outputs.len();
+    let mut group = Parameters { count: outputs.len() as i32, ..Parameters::default() };
+    outputs.iter().zip(&mut group.outputs).for_each(|(&outputs, place)| *place = outputs as i32);
+    let name = of_type(dy.dtype, "lora_du_bf16", "lora_du_f32");
+    let launch = optional(gpu.launch(name)?.mat(du), None).mat(dy).mat(scaled_b);
+    if dy.dtype == Dtype::F32 {
+        let launch = launch.arg(&group).int(tokens).int(padded_rank);
+        // SAFETY: shapes were checked.
+        return unsafe { launch.grid(tokens as u32, FLAT_THREADS as u32).run() };
+    }
+    let passes = Passes::of(padded_rank);
+    let launch = tiled(launch, partials, passes, outputs.len() * tokens.div_ceil(TILE));
+    let shared = STAGES * 16 * (TILE * row_units(STEP) + STEP * row_units(GROUP * passes.groups));
+    // SAFETY: shapes, the room for parts and the number of tiles were checked.
+    unsafe { launch.arg(&group).int(tokens).int(padded_rank).shared(shared as u32).run() }
+}
+
+/// dB += s · dyᵀ u of each projection that has one. `outputs` are the columns of dy of each, u has `padded_rank` columns for each.
+pub(crate) fn db(
+    gpu: &Gpu,
+    partials: Mat<'_>,
+    gradients: &[Option<Mat<'_>>],
+    outputs: &[usize],
+    (dy, u): (Mat<'_>, Mat<'_>),
+    scale: f32,
+) -> Result<()> {
+    assert!(
+        gradients.len() == outputs.len() && dy.columns == outputs.iter().sum::<usize>() && u.rows == dy.rows,
+        "lora db: {dy:?}"
+    );
+    let padded_rank = u.columns / gradients.len();
+    let mut group = gradient_group(gradients, scale);
+    for ((place, &outputs), gradient) in group.outputs.iter_mut().zip(outputs).zip(gradients) {
+        let fits = gradient.is_none_or(|it| it.rows == outputs && it.columns <= padded_rank && it.columns == it.stride);
+        assert!(fits, "lora db: {gradient:?} of {outputs} outputs");
+        *place = outputs as i32;
+    }
+    if dy.dtype == Dtype::F32 {
+        let launch = gpu.launch("lora_db_f32")?.arg(&group).mat(dy).mat(u).int(dy.rows).int(padded_rank);
+        let blocks = (dy.columns * padded_rank).div_ceil(FLAT_THREADS);
+        // SAFETY: shapes were checked.
+        return unsafe { launch.grid(blocks as u32, FLAT_THREADS as u32).run() };
+    }
+    let (mut first, mut tiles) = (0, 0);
+    for outputs in outputs {
+        tiles += (first % GROUP + outputs).div_ceil(TILE);
+        first += outputs;
+    }
+    let passes = Passes::of(padded_rank);
+    let launch = tiled(gpu.launch("lora_db_bf16")?.arg(&group).mat(dy).mat(u), partials, passes, tiles);
+    // SAFETY: shapes, the room for parts and the number of tiles were checked.
+    unsafe { launch.int(dy.rows).int(padded_rank).shared(shared_of_sums(passes)).run() }
+}
+
+/// dA += duᵀ x of each projection that has one; du has `padded_rank` columns for each.
+pub(crate) fn da(
+    gpu: &Gpu,
+    partials: Mat<'_>,
+    gradients: &[Option<Mat<'_>>],
+    (du, x): (Mat<'_>, Mat<'_>),
+) -> Result<()> {
+    assert!(du.rows == x.rows, "lora da: {du:?} {x:?}");
+    let padded_rank = du.columns / gradients.len();
+    for it in gradients.iter().flatten() {
+        assert!(it.columns == x.columns && it.rows <= padded_rank && it.columns == it.stride, "lora da: {it:?}");
+    }
+    let mut group = gradient_group(gradients, 1.0);
+    for (rank, gradient) in group.rank.iter_mut().zip(gradients) {
+        *rank = gradient.map_or(0, |gradient| gradient.rows as i32);
+    }
+    if x.dtype == Dtype::F32 {
+        let launch = gpu.launch("lora_da_f32")?.arg(&group).mat(x).mat(du);
+        let blocks = (x.columns * du.columns).div_ceil(FLAT_THREADS);
+        let launch = launch.int(x.rows).int(x.columns).int(padded_rank);
+        // SAFETY: shapes were checked.
+        return unsafe { launch.grid(blocks as u32, FLAT_THREADS as u32).run() };
+    }
+    let passes = Passes::of(du.columns);
+    let launch = gpu.launch("lora_da_bf16")?.arg(&group).mat(x).mat(du);
+    let launch = tiled(launch, partials, passes, x.columns.div_ceil(TILE)).int(x.rows).int(x.columns).int(padded_rank);
+    // SAFETY: shapes, the room for parts and the number of tiles were checked.
+    unsafe { launch.shared(shared_of_sums(passes)).run() }
+}
+
+/// Addresses and ranks (columns) of gradients.
+fn gradient_group(gradients: &[Option<Mat<'_>>], scale: f32) -> GradientGroup {
+    let mut group =
+        GradientGroup { count: gradients.len() as i32, scale: [scale; MAX_PROJECTIONS], ..Default::default() };
+    for (place, gradient) in gradients.iter().enumerate() {
+        if let Some(gradient) = gradient {
+            assert!(gradient.dtype == Dtype::F32, "a gradient is f32");
+            (group.gradient[place], group.rank[place]) = (gradient.pointer, gradient.columns as i32);
+        }
+    }
+    group
+}
+
+/// A second place for a result, or none.
+fn optional<'a>(launch: Launch<'a>, place: Option<Mat<'_>>) -> Launch<'a> {
+    match place {
+        Some(place) => launch.mat(place),
+        None => launch.long(0).long(0),
     }
 }
 
-/// du = dy (s·B), into dy's extension.
-pub(crate) fn du(gpu: &Gpu, dy: Mat<'_>, scaled_b: Mat<'_>, du: Mat<'_>, _rows: &[usize]) -> Result<()> {
-    gpu.gemm("lora du", du, Product::nn(dy, scaled_b))
+/// The grid of a kernel with so many tiles a pass, and room for their parts.
+fn tiled<'a>(launch: Launch<'a>, partials: Mat<'_>, passes: Passes, tiles: usize) -> Launch<'a> {
+    let (blocks, needed) = (tiles * passes.count, passes.partial_values(tiles));
+    assert!(blocks <= MAX_TILES, "lora: {blocks} tiles");
+    assert!(
+        partials.rows * partials.columns >= needed && partials.dtype == Dtype::F32,
+        "lora: {needed} in {partials:?}"
+    );
+    launch.grid_3d((SPLIT as u32, blocks as u32, 1), THREADS).pointer(partials)
 }
 
-/// dB += s · dyᵀ u.
-pub(crate) fn db(gpu: &Gpu, _partials: Mat<'_>, db: Mat<'_>, dy: Mat<'_>, u: Mat<'_>, scale: f32) -> Result<()> {
-    gpu.gemm("lora db", db, Product::tn(dy, u).times(scale).plus(db))
+/// Shared memory of the kernels that sum over tokens.
+fn shared_of_sums(passes: Passes) -> u32 {
+    (STAGES * 16 * STEP * (row_units(TILE) + row_units(GROUP * passes.groups))) as u32
 }
 
-/// dA += duᵀ x.
-pub(crate) fn da(gpu: &Gpu, _partials: Mat<'_>, da: Mat<'_>, du: Mat<'_>, x: Mat<'_>) -> Result<()> {
-    gpu.gemm("lora da", da, Product::tn(du, x).plus(da))
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::super::Buffer;
+    use super::super::testing::{Held, assert_near, gpu, random, rounded, tolerance};
+    use super::*;
+
+    /// A group: inputs, outputs of each projection, rank.
+    struct Case {
+        inputs: usize,
+        outputs: &'static [usize],
+        rank: usize,
+    }
+
+    /// Odd widths, projections that begin between multiples of 8, several tiles and passes.
+    const CASES: [Case; 6] = [
+        Case { inputs: 64, outputs: &[64, 32, 32], rank: 16 },
+        Case { inputs: 172, outputs: &[64], rank: 4 },
+        Case { inputs: 72, outputs: &[172, 172], rank: 8 },
+        Case { inputs: 328, outputs: &[200, 64, 33], rank: 50 },
+        Case { inputs: 1096, outputs: &[100, 37], rank: 3 },
+        Case { inputs: 576, outputs: &[136], rank: 130 },
+    ];
+
+    impl Case {
+        fn padded_rank(&self) -> usize {
+            self.rank.next_multiple_of(GROUP)
+        }
+
+        fn width(&self) -> usize {
+            self.outputs.len() * self.padded_rank()
+        }
+
+        fn columns(&self) -> usize {
+            self.outputs.iter().sum()
+        }
+
+        /// Where a projection's outputs begin.
+        fn first(&self, projection: usize) -> usize {
+            self.outputs[..projection].iter().sum()
+        }
+    }
+
+    fn partials(gpu: &Rc<Gpu>) -> Buffer {
+        Buffer::of(gpu, &vec![f32::NAN; 1 << 22]).unwrap()
+    }
+
+    /// left (rows, depth) · rightᵀ (columns, depth).
+    fn product(left: &[f32], right: &[f32], depth: usize) -> Vec<f32> {
+        let rows = left.chunks(depth);
+        rows.flat_map(|left| right.chunks(depth).map(|right| left.iter().zip(right).map(|(a, b)| a * b).sum()))
+            .collect()
+    }
+
+    fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
+        (0..columns).flat_map(|column| values.iter().skip(column).step_by(columns).copied()).collect()
+    }
+
+    fn mats(held: &[Option<Held>]) -> Vec<Option<Mat<'_>>> {
+        held.iter().map(|held| held.as_ref().map(Held::mat)).collect()
+    }
+
+    /// Columns of a matrix of that width.
+    fn columns_of(values: &[f32], width: usize, first: usize, count: usize) -> Vec<f32> {
+        values.chunks(width).flat_map(|row| &row[first..first + count]).copied().collect()
+    }
+
+    #[test]
+    fn products_are_those_of_the_cpu() {
+        let Some(gpu) = gpu() else { return };
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            for case in &CASES {
+                for tokens in [1, 7, 300] {
+                    check_forward(&gpu, case, tokens, dtype);
+                    check_backward(&gpu, case, tokens, dtype);
+                }
+            }
+        }
+    }
+
+    fn check_forward(gpu: &Rc<Gpu>, case: &Case, tokens: usize, dtype: Dtype) {
+        let (inputs, width) = (case.inputs, case.width());
+        let name = format!("u of {tokens} × {inputs}, {width} wide, {dtype:?}");
+        let (x, a) = (rounded(&random(1, tokens * inputs), dtype), rounded(&random(2, width * inputs), dtype));
+        let stride = (inputs + width).next_multiple_of(GROUP);
+        let (x_held, a_held) =
+            (Held::of(gpu, &x, (tokens, inputs), stride, dtype), Held::of(gpu, &a, (width, inputs), stride, dtype));
+        let out = Held::poisoned(gpu, (tokens, width), width + 8, dtype);
+        let kept = Held::poisoned(gpu, (tokens, width), width, dtype);
+        let partials = partials(gpu);
+        u(gpu, partials.row(Dtype::F32), x_held.mat(), a_held.mat(), out.mat(), Some(kept.mat())).unwrap();
+        assert_near(&name, &out.values(), &product(&x, &a, inputs), tolerance(dtype));
+        assert_eq!(out.values(), kept.values(), "{name}");
+        let again = Held::poisoned(gpu, (tokens, width), width + 8, dtype);
+        u(gpu, partials.row(Dtype::F32), x_held.mat(), a_held.mat(), again.mat(), None).unwrap();
+        assert_eq!(out.values(), again.values(), "{name}: another time");
+    }
+
+    fn check_backward(gpu: &Rc<Gpu>, case: &Case, tokens: usize, dtype: Dtype) {
+        let (inputs, columns, width, padded_rank) = (case.inputs, case.columns(), case.width(), case.padded_rank());
+        let name = |what: &str| format!("{what} of {tokens} × {columns}, {width} wide, {dtype:?}");
+        let values = |seed, count| rounded(&random(seed, count), dtype);
+        let (dy, x, u) = (values(3, tokens * columns), values(4, tokens * inputs), values(5, tokens * width));
+        // Block-diagonal: zero where a row is no output of the column's projection.
+        let mut scaled_b = values(6, columns * width);
+        for (index, value) in scaled_b.iter_mut().enumerate() {
+            let (row, projection) = (index / width, index % width / padded_rank);
+            let first = case.first(projection);
+            if !(first..first + case.outputs[projection]).contains(&row) {
+                *value = 0.0;
+            }
+        }
+        let held = |values: &[f32], rows, columns: usize, stride| Held::of(gpu, values, (rows, columns), stride, dtype);
+        let aligned = |columns: usize| columns.next_multiple_of(GROUP) + 8;
+        let partials = partials(gpu);
+        let (dy_held, b_held) =
+            (held(&dy, tokens, columns, aligned(columns)), held(&scaled_b, columns, width, aligned(inputs + width)));
+        let out = Held::poisoned(gpu, (tokens, width), aligned(width), dtype);
+        du(gpu, partials.row(Dtype::F32), dy_held.mat(), b_held.mat(), out.mat(), case.outputs).unwrap();
+        let expected = product(&dy, &transposed(&scaled_b, width), columns);
+        assert_near(&name("du"), &out.values(), &expected, tolerance(dtype));
+
+        // Gradients add to what is there; the last projection has no LoRA where there are several.
+        let has_lora = |projection: usize| projection == 0 || projection + 1 < case.outputs.len();
+        let (x_held, u_held) = (held(&x, tokens, inputs, aligned(inputs)), held(&u, tokens, width, width));
+        let of_each = |shape: &dyn Fn(usize) -> (usize, usize)| -> Vec<Option<Held>> {
+            let shapes = (0..case.outputs.len()).map(|projection| has_lora(projection).then(|| shape(projection)));
+            let begun =
+                |(rows, columns)| Held::of(gpu, &vec![2.0; rows * columns], (rows, columns), columns, Dtype::F32);
+            shapes.map(|shape| shape.map(begun)).collect()
+        };
+        let (dbs, das) = (of_each(&|p| (case.outputs[p], case.rank)), of_each(&|_| (case.rank, inputs)));
+        db(gpu, partials.row(Dtype::F32), &mats(&dbs), case.outputs, (dy_held.mat(), u_held.mat()), 0.5).unwrap();
+        da(gpu, partials.row(Dtype::F32), &mats(&das), (u_held.mat(), x_held.mat())).unwrap();
+        for (projection, (db, da)) in dbs.iter().zip(&das).enumerate() {
+            let (Some(db), Some(da)) = (db, da) else { continue };
+            let u_of = transposed(&columns_of(&u, width, projection * padded_rank, case.rank), case.rank);
+            let dy_of = columns_of(&dy, columns, case.first(projection), case.outputs[projection]);
+            let add = |sums: Vec<f32>, scale: f32| sums.into_iter().map(|sum| 2.0 + scale * sum).collect::<Vec<_>>();
+            let expected = add(product(&transposed(&dy_of, case.outputs[projection]), &u_of, tokens), 0.5);
+            assert_near(&name("dB"), &db.values(), &expected, 1e-5);
+            let expected = add(product(&u_of, &transposed(&x, inputs), tokens), 1.0);
+            assert_near(&name("dA"), &da.values(), &expected, 1e-5);
+        }
+    }
 }

@@ -130,13 +130,14 @@ impl Pass<'_> {
         let (inputs, extension) = (x.columns(0, sizes.inputs), x.columns(sizes.inputs, sizes.extension));
         let a = weight.rows(sizes.outputs, sizes.extension).columns(0, sizes.inputs);
         if self.dropout.is_none() {
-            return lora::u(self.gpu, inputs, a, extension, kept);
+            return lora::u(self.gpu, parts.partials(), inputs, a, extension, kept);
         }
         for (place, target, ..) in outputs_of(group, self.sizes) {
             let (first, rank) = (place * self.sizes.padded_rank, self.sizes.padded_rank);
             let dropped = self.dropped(parts, layer, target, inputs)?;
             let kept = kept.map(|kept| kept.columns(first, rank));
-            lora::u(self.gpu, dropped, a.rows(first, rank), extension.columns(first, rank), kept)?;
+            let (a, extension) = (a.rows(first, rank), extension.columns(first, rank));
+            lora::u(self.gpu, parts.partials(), dropped, a, extension, kept)?;
         }
         Ok(())
     }
@@ -387,22 +388,14 @@ impl Backward<'_, '_> {
         let scaled_b = weight.rows(0, sizes.outputs).columns(sizes.inputs, sizes.extension);
         let (dy, du) = (dy.columns(0, sizes.outputs), dy.columns(sizes.outputs, sizes.extension));
         let rows: Vec<usize> = outputs_of(group, self.pass.sizes).map(|(.., rows)| rows).collect();
-        lora::du(gpu, dy, scaled_b, du, &rows)?;
-        for (place, target, first, rows) in outputs_of(group, self.pass.sizes) {
-            if let Some((_, offset_b)) = self.pass.layout.offsets(self.layer, target) {
-                let db = self.gradient.mat(4 * offset_b, (rows, rank), rank, Dtype::F32);
-                let u = u.columns(place * self.pass.sizes.padded_rank, rank);
-                lora::db(
-                    gpu,
-                    self.parts.partials(),
-                    db,
-                    dy.columns(first, rows),
-                    u,
-                    self.pass.layout.spec().scale() as f32,
-                )?;
-            }
-        }
-        Ok(())
+        lora::du(gpu, self.parts.partials(), dy, scaled_b, du, &rows)?;
+        let gradients: Vec<_> = outputs_of(group, self.pass.sizes)
+            .map(|(_, target, _, rows)| {
+                let (_, offset_b) = self.pass.layout.offsets(self.layer, target)?;
+                Some(self.gradient.mat(4 * offset_b, (rows, rank), rank, Dtype::F32))
+            })
+            .collect();
+        lora::db(gpu, self.parts.partials(), &gradients, &rows, (dy, u), self.pass.layout.spec().scale() as f32)
     }
 
     /// dx = [dy | du] W'.
@@ -437,12 +430,22 @@ impl Backward<'_, '_> {
         if sizes.extension == 0 {
             return Ok(());
         }
+        let gradients: Vec<_> = outputs_of(group, pass.sizes)
+            .map(|(_, target, ..)| {
+                let (offset_a, _) = pass.layout.offsets(self.layer, target)?;
+                Some(self.gradient.mat(4 * offset_a, (rank, sizes.inputs), sizes.inputs, Dtype::F32))
+            })
+            .collect();
+        let du = dy.columns(sizes.outputs, sizes.extension);
+        if pass.dropout.is_none() {
+            return lora::da(pass.gpu, self.parts.partials(), &gradients, (du, x));
+        }
+        // Each projection has an input of its own.
         for (place, target, ..) in outputs_of(group, pass.sizes) {
-            if let Some((offset_a, _)) = pass.layout.offsets(self.layer, target) {
-                let da = self.gradient.mat(4 * offset_a, (rank, sizes.inputs), sizes.inputs, Dtype::F32);
-                let du = dy.columns(sizes.outputs + place * pass.sizes.padded_rank, rank);
+            if gradients[place].is_some() {
+                let (first, rank) = (place * pass.sizes.padded_rank, pass.sizes.padded_rank);
                 let x = pass.dropped(self.parts, self.layer, target, x)?;
-                lora::da(pass.gpu, self.parts.partials(), da, du, x)?;
+                lora::da(pass.gpu, self.parts.partials(), &gradients[place..=place], (du.columns(first, rank), x))?;
             }
         }
         Ok(())
