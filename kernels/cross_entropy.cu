@@ -237,14 +237,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     forward_backward(dlogits, d_stride, logits, stride, labels, scale, loss_per_row, correct_per_row, vocabulary);
 }
 
-// The logits become their gradient.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    cross_entropy_in_place_bf16(bf16* logits, long long stride, const int* labels, float scale, float* loss_per_row,
-                                int* correct_per_row, int rows, int vocabulary) {
-    forward_backward(logits, stride, static_cast<const bf16*>(logits), stride, labels, scale, loss_per_row, correct_per_row,
-                     vocabulary);
-}
-
 // Only the loss.
 extern "C" __global__ void __launch_bounds__(THREADS)
     cross_entropy_forward_f32(const float* __restrict__ logits, long long stride, const int* labels, float* loss_per_row,

@@ -196,6 +196,11 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t address, uint32
     return descriptor_bits(address, panel_bytes, 1024);
 }
 
+// The same operand `bytes` further on; cheaper than a descriptor from a new address.
+__device__ __forceinline__ uint64_t descriptor_advance(uint64_t descriptor, uint32_t bytes) {
+    return descriptor + (bytes >> 4);
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

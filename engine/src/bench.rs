@@ -4,12 +4,12 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
+use crate::Result;
 use crate::device::Device;
 use crate::model::Shape;
 use crate::ops::rope::RopeLayout;
 use crate::quant::BlockType;
 use crate::spec::GradientCheckpointing;
-use crate::Result;
 
 /// What to time.
 #[derive(Debug, Clone, PartialEq)]

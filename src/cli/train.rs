@@ -27,9 +27,9 @@ use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Start, StepMet
 
 use super::dataset::{DatasetArgs, about, describe, list_bad_rows, untrained_texts, write_untrained};
 use super::devices::WantedDevice;
-use crate::types::device::Device;
 use super::{ModelArgs, export, named, stop_on_ctrl_c};
 use crate::memory::Bound;
+use crate::types::device::Device;
 
 const CHECKPOINT_FILE: &str = "checkpoint.safetensors";
 const METRICS_FILE: &str = "metrics.csv";

@@ -145,8 +145,11 @@ fn estimate(
     // Memory is looked at before the passes that measure the rate take theirs.
     let needed = train::estimate(spec, &model, &dataset, validation.as_ref(), None, device)?;
     // Who trains on a GPU must not lose its memory to a question.
-    let rate =
-        if fit.fits && device == Device::Cpu { Some(train::measure_rate(spec, &model, &dataset, device)?) } else { None };
+    let rate = if fit.fits && device == Device::Cpu {
+        Some(train::measure_rate(spec, &model, &dataset, device)?)
+    } else {
+        None
+    };
     let seconds = match rate {
         None => None,
         Some(_) => train::estimate(spec, &model, &dataset, validation.as_ref(), rate, device)?.seconds,

@@ -108,7 +108,8 @@ pub(super) fn gpu_bytes(device: Device) -> Result<Option<(u64, u64)>> {
     let Device::Cuda(ordinal) = device else { return Ok(None) };
     let gpus = cuda_devices().map_err(Error::Device)?;
     let gpu = gpus.iter().find(|gpu| gpu.ordinal == ordinal);
-    let gpu = gpu.ok_or_else(|| Error::Device(format!("{device} is not there: this machine has {} GPUs", gpus.len())))?;
+    let gpu =
+        gpu.ok_or_else(|| Error::Device(format!("{device} is not there: this machine has {} GPUs", gpus.len())))?;
     Ok(Some((gpu.total_bytes.saturating_sub(OF_THE_DRIVER), gpu.total_bytes)))
 }
 

@@ -109,7 +109,8 @@ impl Rows<'_> {
         let work = Work::of_rows(spec, &training, validation.as_deref());
         let layout = LoraLayout::new(&spec.lora, self.shape);
         if let Some((model, compute)) = self.on_gpu {
-            let setup = Setup { tokens: work.largest_micro_batch() as usize, ..Setup::of(spec, &layout, compute, None) };
+            let setup =
+                Setup { tokens: work.largest_micro_batch() as usize, ..Setup::of(spec, &layout, compute, None) };
             let keeps_all = spec.training.gradient_checkpointing == GradientCheckpointing::None;
             return cuda::peak_bytes(model, &setup, if keeps_all { self.shape.layers } else { 0 });
         }

@@ -22,8 +22,6 @@ const HOPPER_FORWARD_KEYS: usize = 128;
 const HOPPER_BACKWARD_ROWS: usize = 64;
 /// Columns that the tensor copy engine brings at once: rows of 128 bytes are exchanged as wgmma reads them.
 const BOX_COLUMNS: u32 = 64;
-/// All that a block may have on Hopper: each of its kernels takes a multiprocessor for itself.
-const HOPPER_SHARED_BYTES: u32 = 227 << 10;
 
 /// Heads and their type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,14 +99,14 @@ impl Path {
         let dq_rows = if heads.group().is_multiple_of(2) { 64 } else { 128 };
         match (self, heads.head_dim, heads.dtype) {
             (Self::Hopper, 64, _) => [
-                rule("attention_hopper_forward_d64", 192, 512, HOPPER_SHARED_BYTES),
-                rule("attention_hopper_backward_dkdv_d64", 128, 384, HOPPER_SHARED_BYTES),
-                rule("attention_hopper_backward_dq_d64", dq_rows, 384, HOPPER_SHARED_BYTES),
+                rule("attention_hopper_forward_d64", 192, 512, 140_544),
+                rule("attention_hopper_backward_dkdv_d64", 128, 384, 101_456),
+                rule("attention_hopper_backward_dq_d64", dq_rows, 384, 115_792),
             ],
             (Self::Hopper, ..) => [
-                rule("attention_hopper_forward_d128", 128, 384, HOPPER_SHARED_BYTES),
-                rule("attention_hopper_backward_dkdv_d128", 128, 384, HOPPER_SHARED_BYTES),
-                rule("attention_hopper_backward_dq_d128", dq_rows, 384, HOPPER_SHARED_BYTES),
+                rule("attention_hopper_forward_d128", 128, 384, 230_656),
+                rule("attention_hopper_backward_dkdv_d128", 128, 384, 199_760),
+                rule("attention_hopper_backward_dq_d128", dq_rows, 384, 230_480),
             ],
             (Self::Mma, 64, _) => [
                 rule("attention_mma_forward_d64", 128, 128, 32 << 10),
@@ -311,8 +309,8 @@ impl Attention {
         let (rule, heads) = (self.rules[kernel], self.heads);
         let items = self.lists[kernel].count * if kernel == DKDV { heads.kv_heads } else { heads.heads };
         let grid = match self.path {
-            Path::Hopper => blocks(items).min(self.gpu().multiprocessors),
-            Path::Mma | Path::Any => blocks(items),
+            Path::Hopper if kernel != DKDV => blocks(items).min(self.gpu().multiprocessors),
+            Path::Hopper | Path::Mma | Path::Any => blocks(items),
         };
         Ok(self.gpu().launch(rule.kernel)?.grid(grid, rule.threads).shared(rule.shared_bytes))
     }

@@ -243,8 +243,10 @@ fn report(
         *families.entry(family(label)).or_default() += ms;
     }
     let rounded = |value: f64| (value * 1000.0).round() / 1000.0;
-    let kernels: Vec<Value> =
-        kernels.iter().map(|(label, ms, count)| json!({ "kernel": label, "ms": rounded(*ms), "launches": count })).collect();
+    let kernels: Vec<Value> = kernels
+        .iter()
+        .map(|(label, ms, count)| json!({ "kernel": label, "ms": rounded(*ms), "launches": count }))
+        .collect();
     let name = devices().ok().zip(ordinal(spec.device)).and_then(|(all, at)| all.get(at).map(|gpu| gpu.name.clone()));
     json!({
         "shape": spec.shape.name(),

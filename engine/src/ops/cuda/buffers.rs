@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// Every part begins at a multiple of so many bytes.
 const ALIGNMENT: usize = 256;
 /// Bytes that the logits of one chunk of tokens may take in f32.
-const LOGITS_BYTES: usize = 384 << 20;
+const LOGITS_BYTES: usize = 504 << 20;
 /// Tokens of a chunk: a multiple of this, for the product's sake.
 const CHUNK_STEP: usize = 128;
 /// Most tokens of a chunk.

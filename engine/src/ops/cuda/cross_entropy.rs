@@ -73,21 +73,6 @@ impl Losses {
         self.run(gpu, launch, logits, labels, Some(scale))
     }
 
-    /// The losses of logits (n, V), which become their gradient.
-    pub(crate) fn forward_backward_in_place(
-        &self,
-        gpu: &Gpu,
-        logits: Mat<'_>,
-        labels: Labels<'_>,
-        scale: f32,
-    ) -> Result<()> {
-        if logits.dtype == Dtype::F32 {
-            return self.forward_backward(gpu, logits, logits, labels, scale);
-        }
-        let launch = self.launch(gpu, "cross_entropy_in_place_bf16", logits)?.shared(self.shared_bytes).mat(logits);
-        self.run(gpu, launch, logits, labels, Some(scale))
-    }
-
     /// The losses of logits (n, V) alone.
     pub(crate) fn forward(&self, gpu: &Gpu, logits: Mat<'_>, labels: Labels<'_>) -> Result<()> {
         let name = of_type(logits.dtype, "cross_entropy_forward_bf16", "cross_entropy_forward_f32");
@@ -211,8 +196,6 @@ mod tests {
                         check("loss and gradient", Some(&gradient));
                     }
                 }
-                losses.forward_backward_in_place(&gpu, held.mat(), on_gpu, 0.25).unwrap();
-                check("in place", Some(&held));
             }
         }
     }

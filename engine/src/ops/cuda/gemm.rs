@@ -1,6 +1,6 @@
 //! Large matrix products through cuBLASLt: own output, strides, beta, and an addend that may lie elsewhere.
 //!
-//! out (M, N) = alpha · op(a) op(b) + beta · c, all row-major; a, b of one type, out and c of one type, sums in f32. cuBLAS reads
+//! out (M, N) = a op(b) + c, all row-major; a, b of one type, out and c of one type, sums in f32. cuBLAS reads
 //! column-major matrices: it is given outᵀ = op(b)ᵀ op(a)ᵀ, which is the same bytes. The algorithm of each shape is the first that the
 //! library's heuristic names, kept for later: the same build, library and GPU give the same bits.
 
@@ -16,24 +16,21 @@ use crate::{Error, Result};
 /// Bytes that an algorithm may use beside its operands; cuBLAS wants 32 MiB on Hopper.
 pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
 
-/// A product's operands and factors.
+/// A product's operands.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Product<'a> {
-    pub(crate) a: Mat<'a>,
-    /// Take a's transpose.
-    pub(crate) a_transposed: bool,
-    pub(crate) b: Mat<'a>,
+    a: Mat<'a>,
+    b: Mat<'a>,
     /// Take b's transpose.
-    pub(crate) b_transposed: bool,
-    pub(crate) alpha: f32,
-    /// What is added, and its factor.
-    pub(crate) add: Option<(f32, Mat<'a>)>,
+    b_transposed: bool,
+    /// What is added.
+    add: Option<Mat<'a>>,
 }
 
 impl<'a> Product<'a> {
     /// a b.
     pub(crate) fn nn(a: Mat<'a>, b: Mat<'a>) -> Self {
-        Self { a, a_transposed: false, b, b_transposed: false, alpha: 1.0, add: None }
+        Self { a, b, b_transposed: false, add: None }
     }
 
     /// a bᵀ.
@@ -41,26 +38,16 @@ impl<'a> Product<'a> {
         Self { b_transposed: true, ..Self::nn(a, b) }
     }
 
-    /// aᵀ b.
-    pub(crate) fn tn(a: Mat<'a>, b: Mat<'a>) -> Self {
-        Self { a_transposed: true, ..Self::nn(a, b) }
-    }
-
-    /// With another factor.
-    pub(crate) fn times(self, alpha: f32) -> Self {
-        Self { alpha, ..self }
-    }
-
     /// Added to that matrix, which may be the output.
     pub(crate) fn plus(self, c: Mat<'a>) -> Self {
-        Self { add: Some((1.0, c)), ..self }
+        Self { add: Some(c), ..self }
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     shape: (usize, usize, usize),
-    transposed: (bool, bool),
+    b_transposed: bool,
     strides: (usize, usize, usize, usize),
     dtypes: (Dtype, Dtype),
     adds: bool,
@@ -112,11 +99,10 @@ impl Gemm {
     }
 
     pub(super) fn run(&mut self, gpu: &Gpu, out: Mat<'_>, product: Product<'_>) -> Result<()> {
-        let Product { a, b, a_transposed, b_transposed, alpha, add } = product;
-        let turned = |mat: Mat<'_>, is: bool| if is { (mat.columns, mat.rows) } else { (mat.rows, mat.columns) };
-        let ((m, k), (b_rows, n)) = (turned(a, a_transposed), turned(b, b_transposed));
+        let Product { a, b, b_transposed, add } = product;
+        let ((m, k), (b_rows, n)) = (a.shape(), if b_transposed { (b.columns, b.rows) } else { b.shape() });
         let fits = k == b_rows && out.shape() == (m, n) && a.dtype == b.dtype;
-        let (beta, c) = add.unwrap_or((0.0, out));
+        let c = add.unwrap_or(out);
         assert!(fits && c.shape() == (m, n) && c.dtype == out.dtype, "gemm: {out:?} = {a:?} × {b:?} + {c:?}");
         if out.is_empty() {
             return Ok(());
@@ -125,10 +111,10 @@ impl Gemm {
         let alignment = |mat: Mat<'_>| 1u32 << mat.pointer.trailing_zeros().min(8);
         let key = Key {
             shape: (m, n, k),
-            transposed: (a_transposed, b_transposed),
+            b_transposed,
             strides: (a.stride, b.stride, c.stride, out.stride),
             dtypes: (a.dtype, out.dtype),
-            adds: beta != 0.0,
+            adds: add.is_some(),
             alignment: (alignment(a), alignment(b), alignment(c), alignment(out)),
         };
         if !self.plans.contains_key(&key) {
@@ -137,6 +123,7 @@ impl Gemm {
         }
         let plan = &self.plans[&key];
         let [of_a, of_b, of_c, of_out] = plan.layouts;
+        let (alpha, beta) = (1f32, if add.is_some() { 1f32 } else { 0.0 });
         let pointer = |address: u64| address as *mut c_void;
         // SAFETY: shapes and strides were checked against each other above, and each matrix lies in its buffer; the workspace is
         // this stream's alone.
@@ -164,7 +151,6 @@ impl Gemm {
     }
 
     fn plan(&self, key: &Key, product: Product<'_>, out: Mat<'_>, c: Mat<'_>) -> Result<Plan> {
-        use sys::cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let layout = |mat: Mat<'_>| {
             result::create_matrix_layout(kind(mat.dtype), mat.columns as u64, mat.rows as u64, mat.stride as i64)
@@ -186,15 +172,10 @@ impl Gemm {
         let preference = result::create_matmul_pref().map_err(refused)?;
         // SAFETY: every object was made above; attributes are given with their own sizes.
         let found = unsafe {
-            let transposed = [
-                (CUBLASLT_MATMUL_DESC_TRANSA, product.b_transposed),
-                (CUBLASLT_MATMUL_DESC_TRANSB, product.a_transposed),
-            ];
-            for (attribute, is) in transposed {
-                let value = i32::from(is);
-                result::set_matmul_desc_attribute(description, attribute, (&raw const value).cast(), 4)
-                    .map_err(refused)?;
-            }
+            let transposed = i32::from(product.b_transposed);
+            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+            result::set_matmul_desc_attribute(description, attribute, (&raw const transposed).cast(), 4)
+                .map_err(refused)?;
             let bytes = WORKSPACE_BYTES;
             let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let mut set = result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 8);
@@ -289,20 +270,10 @@ mod tests {
                     assert_near("product", &out.values(), &expected, tolerance(out_dtype));
                 }
                 let (out, added) = (Held::poisoned(&gpu, (m, n), n + 16, dtype), held(&c, m, n));
-                gpu.gemm(
-                    "gemm",
-                    out.mat(),
-                    Product::nn(straight_a.mat(), straight_b.mat()).times(0.5).plus(added.mat()),
-                )
-                .unwrap();
-                let sum: Vec<f32> = expected.iter().zip(&c).map(|(x, c)| 0.5 * x + c).collect();
+                let product = Product::nn(straight_a.mat(), straight_b.mat()).plus(added.mat());
+                gpu.gemm("gemm", out.mat(), product).unwrap();
+                let sum: Vec<f32> = expected.iter().zip(&c).map(|(x, c)| x + c).collect();
                 assert_near("product and addend", &out.values(), &sum, tolerance(dtype));
-                if m % 8 == 0 {
-                    let turned_a = held(&transpose(&a, m, k), k, m);
-                    let out = Held::poisoned(&gpu, (m, n), n + 16, Dtype::F32);
-                    gpu.gemm("gemm", out.mat(), Product::tn(turned_a.mat(), straight_b.mat())).unwrap();
-                    assert_near("transposed product", &out.values(), &expected, tolerance(Dtype::F32));
-                }
             }
         }
     }

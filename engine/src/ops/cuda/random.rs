@@ -42,7 +42,12 @@ pub(crate) fn model(gpu: &Rc<Gpu>, spec: &BenchSpec) -> Result<DeviceModel> {
             projections.push(weight(&mut slab, values, shape.projection(target), spec.quantization)?);
         }
         let projections = projections.try_into().expect("one for each projection");
-        blocks.push(DeviceBlock { input_layernorm, post_attention_layernorm, projections, resident: Default::default() });
+        blocks.push(DeviceBlock {
+            input_layernorm,
+            post_attention_layernorm,
+            projections,
+            resident: Default::default(),
+        });
     }
     let table = rows_of(&mut random, shape.hidden);
     let tables = BenchQuantization::Blocks(table_type(spec.quantization));

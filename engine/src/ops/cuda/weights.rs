@@ -5,13 +5,13 @@ use std::rc::Rc;
 
 use super::sizes::{Group, Sizes};
 use super::{Buffer, Dtype, Gpu, Mat, Slab, dequantize, lora};
+use crate::Result;
 use crate::adapter::LoraLayout;
 use crate::model::weights::Weight;
 use crate::model::{Config, Llama};
 use crate::ops::host;
 use crate::quant::BlockType;
 use crate::spec::Target;
-use crate::Result;
 
 /// Blocks of a matrix on a GPU.
 #[derive(Debug)]
