@@ -90,21 +90,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
-// Whether the phase of this parity is over; does not wait.
-__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return done != 0;
-}
-
 // The same value in all lanes: tells the compiler so, which then keeps what depends on it in uniform registers.
 __device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
@@ -307,24 +292,6 @@ __device__ __forceinline__ void arrive_of_warp(uint32_t barrier) {
     }
 }
 
-// Clusters of blocks: this block's rank, an address of shared memory in the block of another rank, and a barrier of all threads
-// that orders their accesses to each other's shared memory.
-__device__ __forceinline__ int cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return static_cast<int>(rank);
-}
-
-__device__ __forceinline__ uint32_t shared_address_of_rank(uint32_t address, int rank) {
-    uint32_t mapped;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-    return mapped;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
 template <bool VALUE>
 struct Flag {
     static constexpr bool value = VALUE;
@@ -382,25 +349,12 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
     if (warp < 4) {
         registers_decrease<24>();
         if (warp == 0 && lane == 0) {
+            uint32_t tile_parity = 1;
             for (int round = 0; items.index(round) < items.count; round++) {
                 const ItemDq item = items.get(items.index(round));
                 const int kv_head = item.head / group;
-                for (int kv0 = item.tile.z; kv0 < item.tile.y; kv0 += STREAM_ROWS) {
-                    const uint32_t at = slots + ring.slot * Shared::SLOT_BYTES, full = barriers.full(ring.slot);
-                    mbarrier_wait(barriers.empty(ring.slot), ring.parity ^ 1);
-                    mbarrier_arrive_expect(full, Shared::SLOT_BYTES);
-                    load_rows<D, STREAM_ROWS>(at, map_k, full, kv_head, kv0);
-                    load_rows<D, STREAM_ROWS>(at + Shared::STREAM_BYTES, map_v, full, kv_head, kv0);
-                    ring.next();
-                }
-            }
-        } else if (warp == 1 && lane == 0) {
-            // A warp of its own, so that a tile comes in as soon as the one before was read, not behind its kv rows.
-            uint32_t parity = 1;
-            for (int round = 0; items.index(round) < items.count; round++) {
-                const ItemDq item = items.get(items.index(round));
-                mbarrier_wait(barriers.tile_empty(), parity);
-                parity ^= 1;
+                mbarrier_wait(barriers.tile_empty(), tile_parity);
+                tile_parity ^= 1;
                 mbarrier_arrive_expect(barriers.tile_full(), 3 * Shared::TILE_BYTES);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -408,6 +362,14 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
                     load_rows<D, TILE_ROWS>(shared_q + offset, map_q, barriers.tile_full(), head, row);
                     load_rows<D, TILE_ROWS>(shared_do + offset, map_do, barriers.tile_full(), head, row);
                     load_rows<D, TILE_ROWS>(shared_o + offset, map_o, barriers.tile_full(), head, row);
+                }
+                for (int kv0 = item.tile.z; kv0 < item.tile.y; kv0 += STREAM_ROWS) {
+                    const uint32_t at = slots + ring.slot * Shared::SLOT_BYTES, full = barriers.full(ring.slot);
+                    mbarrier_wait(barriers.empty(ring.slot), ring.parity ^ 1);
+                    mbarrier_arrive_expect(full, Shared::SLOT_BYTES);
+                    load_rows<D, STREAM_ROWS>(at, map_k, full, kv_head, kv0);
+                    load_rows<D, STREAM_ROWS>(at + Shared::STREAM_BYTES, map_v, full, kv_head, kv0);
+                    ring.next();
                 }
             }
         }
@@ -422,13 +384,6 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
     uint32_t tile_parity = 0;
     float dq[D / 2], s[STREAM_ROWS / 2], dp[STREAM_ROWS / 2];
     uint32_t q_operand[D / 4], do_operand[D / 4], ds_operand[STREAM_ROWS / 4];
-
-    // The computing warpgroups take turns to start products, so that one computes P and dS while those of the other run.
-    const auto wait_for_turn = [&] { named_barrier_sync(1 + warpgroup, 256); };
-    const auto pass_turn = [&] { named_barrier_arrive(2 - warpgroup, 256); };
-    if (warpgroup == 1) {
-        pass_turn();
-    }
 
     ItemDq next = items.get(min(items.index(0), items.count - 1));
     for (int round = 0; items.index(round) < items.count; round++) {
@@ -468,7 +423,6 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
         const int seen_steps = min(steps, (first_row + 63 - tile.z) / STREAM_ROWS + 1);
         // The slot that products under way still read.
         int held = -1;
-        wait_for_turn();
         for (int step = 0; step < seen_steps; step++) {
             mbarrier_wait(barriers.full(ring.slot), ring.parity);
             const int slot = same_in_warp(ring.slot), kv0 = tile.z + step * STREAM_ROWS;
@@ -481,7 +435,6 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
             wgmma_commit();
             product_abt<D>(dp, do_operand, at_v);
             wgmma_commit();
-            pass_turn();
             wgmma_wait<1>();
             hold(s);
             if (held >= 0) {
@@ -506,14 +459,11 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
                 const float row = row_delta[i % 2];
                 ds_operand[i] = pack_bf16(s[2 * i] * (dp[2 * i] - row), s[2 * i + 1] * (dp[2 * i + 1] - row));
             }
-            hold(ds_operand);
-            wait_for_turn();
             hold(dq);
             wgmma_fence();
             product_ab<D>(dq, ds_operand, at_k);
             wgmma_commit();
         }
-        pass_turn();
         wgmma_wait<0>();
         hold(dq);
         read_behind_loop(q_operand, tokens < 0, delta);
@@ -523,8 +473,6 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
             mbarrier_wait(barriers.full(ring.slot), ring.parity);
             arrive_of_warp(barriers.empty(ring.slot));
             ring.next();
-            wait_for_turn();
-            pass_turn();
         }
         store_result<D>(dq, scale, dq_out + items.head(item, warpgroup) * D, dq_stride, first_row, tile.y);
     }
@@ -534,9 +482,9 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
 
 // Work item: a kv tile of one kv head, 64 rows for each computing warpgroup. It loops over the q tiles of the sequence from
 // the last back to the kv tile, and over the q heads of the group in each: blocks that run at the same time so read the same q
-// tiles at about the same time, out of the L2 cache. With SPLIT, two blocks share an item, half of the heads each. S and dP are computed transposed (rows kv, columns q), so that P^T and
+// tiles at about the same time, out of the L2 cache. S and dP are computed transposed (rows kv, columns q), so that P^T and
 // dS^T come out in registers as the A operands of dv and dk.
-template <int D, bool SPLIT>
+template <int D>
 __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_v,
                                               const CUtensorMap* map_do, __nv_bfloat16* dk_out, long long dk_stride,
                                               __nv_bfloat16* dv_out, long long dv_stride, const float* lse,
@@ -550,10 +498,8 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
     // The TMA warp, and each lane of the warp that brings lse and delta.
     barriers.initialise(1 + 32);
     const int warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
-    const int rank = SPLIT ? cluster_rank() : 0, item = SPLIT ? blockIdx.x / 2 : blockIdx.x;
-    const int kv_heads = heads / group, kv_head = item % kv_heads;
-    const int my_heads = SPLIT ? group / 2 : group, first_head = kv_head * group + rank * my_heads;
-    const int4 tile = tiles[item / kv_heads];
+    const int kv_heads = heads / group, kv_head = blockIdx.x % kv_heads;
+    const int4 tile = tiles[blockIdx.x / kv_heads];
     const int q_tiles = (tile.w - tile.x + STREAM_ROWS - 1) / STREAM_ROWS;
     Ring ring;
 
@@ -568,7 +514,7 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
                 load_rows<D, TILE_ROWS>(shared_v + offset, map_v, barriers.tile_full(), kv_head, row);
             }
             for (int q_tile = q_tiles - 1; q_tile >= 0; q_tile--) {
-                for (int head = first_head; head < first_head + my_heads; head++) {
+                for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
                     const uint32_t at = slots + ring.slot * Shared::SLOT_BYTES, full = barriers.full(ring.slot);
                     const int q0 = tile.x + q_tile * STREAM_ROWS;
                     mbarrier_wait(barriers.empty(ring.slot), ring.parity ^ 1);
@@ -581,7 +527,7 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         } else if (warp == 1) {
             // lse in units of log2, infinite for rows behind the sequence: their P is exp2(-inf) = 0.
             for (int q_tile = q_tiles - 1; q_tile >= 0; q_tile--) {
-                for (int head = first_head; head < first_head + my_heads; head++) {
+                for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
                     float row_lse[STREAM_ROWS / 32], row_delta[STREAM_ROWS / 32];
 #pragma unroll
                     for (int i = 0; i < STREAM_ROWS / 32; i++) {
@@ -612,7 +558,7 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
     const int my_row = warp % 4 * 16 + lane / 4, my_column = 2 * (lane % 4);
     const int first_row = tile.x + 64 * warpgroup;
     // Steps, that is pairs of a q tile and a head. The rows of this warpgroup see all but the last q tile or tiles.
-    const int steps = q_tiles * my_heads, seen_steps = first_row < tile.y ? (q_tiles - warpgroup) * my_heads : 0;
+    const int steps = q_tiles * group, seen_steps = first_row < tile.y ? (q_tiles - warpgroup) * group : 0;
     float dk[D / 2], dv[D / 2], s[STREAM_ROWS / 2], dp[STREAM_ROWS / 2];
     uint32_t p_operand[STREAM_ROWS / 4], ds_operand[STREAM_ROWS / 4];
     // At D = 64 there are registers for k and v too; that halves what S and dP read from shared memory.
@@ -642,12 +588,6 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         wgmma_commit();
     };
 
-    const auto wait_for_turn = [&] { named_barrier_sync(1 + warpgroup, 256); };
-    const auto pass_turn = [&] { named_barrier_arrive(2 - warpgroup, 256); };
-    if (warpgroup == 1) {
-        pass_turn();
-    }
-
     // One step. At its start S is there, and dk of the step before under way (held: its slot). The tensor cores have work while
     // this warpgroup computes: dk during P, dv and the next S during dS. There are registers for no more than that.
     int held = -1;
@@ -657,7 +597,6 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         const uint32_t at_lse = statistics + slot * Shared::STATISTICS_BYTES + my_column * 4;
         const uint32_t at_delta = at_lse + STREAM_ROWS * 4;
         ring.next();
-        const bool ready = mbarrier_test_wait(barriers.full(ring.slot), ring.parity);
         if (masked) {
             // The q tile begins at the first row of this warpgroup.
 #pragma unroll
@@ -678,10 +617,8 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         }
         hold(p_operand);
         if constexpr (decltype(more)::value) {
-            // Here, because the compiler moves no computation of P behind this branch, which it would behind the next wait.
-            if (!ready) {
-                mbarrier_wait(barriers.full(ring.slot), ring.parity);
-            }
+            // Here, because the compiler moves no computation of P behind this loop, which it would behind the next wait.
+            mbarrier_wait(barriers.full(ring.slot), ring.parity);
         }
         wgmma_wait<0>();
         hold(dk);
@@ -690,7 +627,6 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
             arrive_of_warp(barriers.empty(held));
         }
         held = slot;
-        wait_for_turn();
         start_dp(slot);
         hold(dv);
         wgmma_fence();
@@ -698,10 +634,8 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         wgmma_commit();
         if constexpr (decltype(more)::value) {
             start_s(ring.slot);
-            pass_turn();
             wgmma_wait<2>();
         } else {
-            pass_turn();
             wgmma_wait<1>();
         }
         hold(dp);
@@ -740,7 +674,7 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         wgmma_wait<0>();
         hold(s);
         for (int i = 0; i < seen_steps - 1; i++) {
-            step(Flag<true>(), i >= seen_steps - my_heads);
+            step(Flag<true>(), i >= seen_steps - group);
         }
         step(Flag<false>(), true);
         wgmma_wait<0>();
@@ -758,43 +692,20 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
         mbarrier_wait(barriers.full(ring.slot), ring.parity);
         arrive_of_warp(barriers.empty(ring.slot));
         ring.next();
-        wait_for_turn();
-        pass_turn();
     }
-    if constexpr (SPLIT) {
-        // The first block gets dk of both, the second dv. The slots are free once both blocks are done with their steps.
-        float(&mine)[D / 2] = dk;
-        cluster_barrier();
-        const uint32_t here = slots + (threadIdx.x - 128) * 4, there = shared_address_of_rank(here, rank ^ 1);
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) {
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there + i * 1024), "f"(rank == 0 ? dv[i] : dk[i]) : "memory");
-            mine[i] = rank == 0 ? dk[i] : dv[i];
-        }
-        cluster_barrier();
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) {
-            float other;
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(other) : "r"(here + i * 1024) : "memory");
-            mine[i] += other;
-        }
-        __nv_bfloat16* out = (rank == 0 ? dk_out : dv_out) + kv_head * D;
-        store_result<D>(mine, rank == 0 ? scale : 1.0f, out, rank == 0 ? dk_stride : dv_stride, first_row, tile.y);
-    } else {
-        store_result<D>(dk, scale, dk_out + kv_head * D, dk_stride, first_row, tile.y);
-        store_result<D>(dv, 1.0f, dv_out + kv_head * D, dv_stride, first_row, tile.y);
-    }
+    store_result<D>(dk, scale, dk_out + kv_head * D, dk_stride, first_row, tile.y);
+    store_result<D>(dv, 1.0f, dv_out + kv_head * D, dv_stride, first_row, tile.y);
 }
 
 #define DQ_BODY(D)                                                                                                        \
     backward_dq<D>(&q, &k, &v, &o, &d_o, dq, dq_stride, lse, delta, tiles, tile_count, tokens, heads, group, scale)
-#define DKDV_BODY(D, SPLIT)                                                                                               \
-    backward_dkdv<D, SPLIT>(&q, &k, &v, &d_o, dk, dk_stride, dv, dv_stride, lse, delta, tiles, tokens, heads, group, scale)
+#define DKDV_BODY(D)                                                                                                      \
+    backward_dkdv<D>(&q, &k, &v, &d_o, dk, dk_stride, dv, dv_stride, lse, delta, tiles, tokens, heads, group, scale)
 
 #else
 
 #define DQ_BODY(D) __trap()
-#define DKDV_BODY(D, SPLIT) __trap()
+#define DKDV_BODY(D) __trap()
 
 #endif
 
@@ -802,34 +713,21 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
 
 // ------------------------------------------------------------------------------------------------------------ kernels
 
-#define DQ_KERNEL(D)                                                                                                      \
+#define KERNELS(D)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_backward_dq_d##D(                            \
         const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,                                     \
         const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,                                     \
         const __grid_constant__ CUtensorMap d_o, __nv_bfloat16* dq, long long dq_stride, const float* lse, float* delta,   \
         const int4* tiles, int tile_count, int tokens, int heads, int group, float scale) {                               \
         DQ_BODY(D);                                                                                                       \
-    }
-
-#define DKDV_KERNEL(NAME, CLUSTER, D, SPLIT)                                                                              \
-    extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) NAME(                                                \
+    }                                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_backward_dkdv_d##D(                          \
         const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,                                     \
         const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap d_o, __nv_bfloat16* dk,                \
         long long dk_stride, __nv_bfloat16* dv, long long dv_stride, const float* lse, const float* delta,                \
         const int4* tiles, int tokens, int heads, int group, float scale) {                                               \
-        DKDV_BODY(D, SPLIT);                                                                                              \
+        DKDV_BODY(D);                                                                                                     \
     }
 
-// Other architectures know no clusters.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
-#else
-#define CLUSTER_OF_TWO
-#endif
-
-DQ_KERNEL(64)
-DQ_KERNEL(128)
-DKDV_KERNEL(attention_hopper_backward_dkdv_d64, , 64, false)
-DKDV_KERNEL(attention_hopper_backward_dkdv_d128, , 128, false)
-DKDV_KERNEL(attention_hopper_backward_dkdv_split_d64, CLUSTER_OF_TWO, 64, true)
-DKDV_KERNEL(attention_hopper_backward_dkdv_split_d128, CLUSTER_OF_TWO, 128, true)
+KERNELS(64)
+KERNELS(128)

@@ -318,7 +318,11 @@ impl Attention {
     /// The arguments that all kernels end with.
     fn work<'a>(&self, launch: Launch<'a>, kernel: usize) -> Launch<'a> {
         let (list, heads) = (self.lists[kernel], self.heads);
-        let launch = launch.long(list.address).int(list.count).int(self.tokens).int(heads.heads).int(heads.group());
+        let launch = launch.long(list.address);
+        // Hopper's dkdv has a block for each item: the grid says how many there are.
+        let is_counted = self.path != Path::Hopper || kernel != DKDV;
+        let launch = if is_counted { launch.int(list.count) } else { launch };
+        let launch = launch.int(self.tokens).int(heads.heads).int(heads.group());
         let launch = if self.path == Path::Any { launch.int(heads.head_dim) } else { launch };
         launch.float(1.0 / (heads.head_dim as f32).sqrt())
     }
