@@ -234,8 +234,9 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 
 // u (tokens, width) = x a^T, to `u` and, where it is not null, to `u_kept`. x (tokens, columns); a (width, columns): the bottom rows of w_ext;
 // width = P R, a multiple of 8.
-// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, rows = TILE (TILE / SPLIT
-// before Hopper); grid (SPLIT, ceil(tokens / TILE) * passes), block (2 * TILE), shared bytes STAGES * 144 * (rows + 8 * groups).
+// partials (tiles, SPLIT, TILE, 8 groups) f32, with anything in it.
+// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, tiles = ceil(tokens / TILE) * passes;
+// grid (SPLIT, tiles), block (256), shared bytes STAGES * 144 * (TILE + 8 * groups).
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_u_bf16(bf16* u, long long u_stride, bf16* u_kept, long long kept_stride, const bf16* x, long long x_stride, const bf16* a,
                 long long a_stride, float* partials, int tokens, int columns, int width) {
@@ -248,8 +249,8 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
 }
 
 // du_p = dy_p (s B_p), as lora_u_bf16. dy (tokens, N); sb (N, P R): the top right of w_ext. `projections` tells their outputs.
-// Launch rule: as lora_u_bf16 with width = padded_rank, but grid (SPLIT, ceil(tokens / TILE) * P * passes) and shared bytes
-// STAGES * 16 * (9 * rows + 64 * (groups + 1)).
+// Launch rule: as lora_u_bf16 with width = padded_rank, but tiles = ceil(tokens / TILE) * P * passes and shared bytes
+// STAGES * 16 * (9 * TILE + 64 * (groups + 1)).
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_du_bf16(bf16* du, long long du_stride, bf16* du_kept, long long kept_stride, const bf16* dy, long long dy_stride, const bf16* sb,
                  long long sb_stride, float* partials, const __grid_constant__ LoraGroup projections, int tokens, int padded_rank) {

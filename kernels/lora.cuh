@@ -1,35 +1,26 @@
-// What lora.cu and lora_gradient.cu share: the structs of a group, and the pipeline from device memory to the tensor cores.
+// What lora.cu, lora_gradient.cu and lora_output.cu share: the structs of a group, and the pipeline from device memory to the tensor cores.
 //
 // Both kinds of product stream a tall matrix once. SPLIT blocks share a tile of the result, each with a part of the sum; the last one to
-// arrive adds the parts in their order, so that the result is the same in every run. (Clusters would do so without device memory, but of
-// four blocks each, half of an H100's processors stayed idle: measured.)
+// arrive adds the parts in their order, so that the result is the same in every run. (Clusters would add them without device memory. But
+// an H100 takes 30 clusters of four such blocks at a time, so that the 32 tiles of 4096 tokens took two turns: measured.)
 
 #pragma once
 
 #include "common.cuh"
 
+// engine/src/ops/cuda/lora.rs names all of these too.
 constexpr int MAX_PROJECTIONS = 3;
-#ifndef LPRE
-#define LPRE ".L2::128B"
-#endif
-#ifndef LSPLIT
-#define LSPLIT 4
-#endif
-#ifndef LTILE
-#define LTILE 128
-#endif
-#ifndef LSTEP
-#define LSTEP 64
-#endif
-#ifndef LSTAGES
-#define LSTAGES 4
-#endif
 // Blocks that share a tile of the result.
-constexpr int SPLIT = LSPLIT;
+constexpr int SPLIT = 4;
 // Rows (or columns) of the tall matrix in a tile.
-constexpr int TILE = LTILE;
+constexpr int TILE = 128;
 // Depth of a step of the sum, and steps that are on their way at a time.
-constexpr int STEP = LSTEP, STAGES = LSTAGES;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900
+// These have 99 KiB of shared memory for a block.
+constexpr int STEP = 64, STAGES = 3;
+#else
+constexpr int STEP = 64, STAGES = 4;
+#endif
 // Columns of the small operand that a pass covers at most, so that its sums stay in registers.
 constexpr int MAX_WIDTH = 96;
 // A warp has 16 rows (or columns) of a tile.
@@ -58,7 +49,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) { return uint
 // Copies 8 values to shared memory in the background; those from `left` on are 0. `from` is 16-byte aligned.
 __device__ __forceinline__ void copy_group(uint32_t to, const bf16* from, int left) {
     const int bytes = min(max(left, 0), GROUP) * int(sizeof(bf16));
-    asm volatile("cp.async.cg.shared.global" LPRE " [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // As copy_group, for any address, at once.
@@ -94,7 +85,7 @@ __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t row)
 
 // sums (16, 8) += left (16, 16) right (16, 8).
 __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left)[4], uint32_t right_low, uint32_t right_high) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                  : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_low), "r"(right_high));
 }

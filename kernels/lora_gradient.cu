@@ -175,9 +175,9 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
 // ---------------------------------------------------------------- kernels
 
 // dB_p += s_p dy_p^T u_p. dy (tokens, N); u (tokens, P R), projection p from column p * padded_rank on.
-// Launch rule: passes, groups and rows as for lora_u_bf16 with width = padded_rank; a projection whose outputs are columns f .. l of dy has
-// ceil((l - f / 8 * 8) / TILE) tiles; grid (SPLIT, tiles of all projections * passes), block (2 * TILE),
-// shared bytes STAGES * 1024 * ((rows / 8 | 1) + groups + 1).
+// partials, passes and groups as for lora_u_bf16 with width = padded_rank.
+// Launch rule: a projection whose outputs are columns f .. l of dy has ceil((l - f / 8 * 8) / TILE) tiles a pass;
+// grid (SPLIT, tiles of all projections), block (256), shared bytes STAGES * 1024 * (18 + groups).
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
                  float* partials, int tokens, int padded_rank) {
@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
 }
 
 // dA_p += du_p^T x. x (tokens, K = columns); du (tokens, P R), projection p from column p * padded_rank on.
-// Launch rule: as lora_db_bf16 with width = P R, but grid (SPLIT, ceil(columns / TILE) * passes).
+// Launch rule: as lora_db_bf16 with width = P R, but tiles = ceil(columns / TILE) * passes.
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_da_bf16(const __grid_constant__ LoraGradient group, const bf16* x, long long x_stride, const bf16* du, long long du_stride,
                  float* partials, int tokens, int columns, int padded_rank) {

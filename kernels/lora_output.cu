@@ -9,8 +9,14 @@
 #include "lora.cuh"
 
 // Columns of a strip, and blocks that share its tokens; engine/src/ops/cuda/lora.rs names them too.
-constexpr int STRIP = 256, SHARES = 8;
-constexpr int OUTPUT_STAGES = 3;
+#ifndef OSH
+#define OSH 8
+#endif
+#ifndef OST
+#define OST 3
+#endif
+constexpr int STRIP = 256, SHARES = OSH;
+constexpr int OUTPUT_STAGES = OST;
 // 8 warps: 32 columns each for dB; 16 tokens and half of the strip each for du.
 constexpr int OUTPUT_THREADS = 8 * WARP;
 static_assert(STRIP == 8 * 32 && STEP == 4 * 16, "what the warps have");

@@ -9,14 +9,19 @@ use super::{Dtype, Gpu, Launch, Mat};
 use crate::Result;
 
 const MAX_PROJECTIONS: usize = 3;
-/// Blocks that share a tile of a result, rows (or columns) of a tile, depth of a step, steps on their way; kernels/lora.cuh names them too.
+/// Blocks that share a tile of a result, rows (or columns) of a tile, depth of a step; kernels/lora.cuh names them too.
 const SPLIT: usize = 4;
 const TILE: usize = 128;
 const STEP: usize = 64;
-const STAGES: usize = 4;
 /// Columns of a narrow matrix in a pass, and tiles of a launch, at most; kernels/lora.cuh names them too.
 const MAX_WIDTH: usize = 96;
 const MAX_TILES: usize = 1 << 15;
+/// Columns of a strip of dy, blocks that share its tokens, and steps on their way; kernels/lora_output.cu names them too.
+const STRIP: usize = 256;
+const SHARES: usize = 8;
+const OUTPUT_STAGES: usize = 3;
+/// The largest rank for which du and dB come from one pass over dy.
+const MAX_RANK_OF_ONE_PASS: usize = 32;
 /// Threads of a block: a warp has 16 rows of a tile.
 const THREADS: u32 = (TILE / 16 * 32) as u32;
 const FLAT_THREADS: usize = 256;
@@ -80,9 +85,14 @@ impl Passes {
     }
 }
 
+/// Steps that are on their way at a time; kernels/lora.cuh names them too.
+fn stages(gpu: &Gpu) -> usize {
+    if gpu.capability.0 == 8 && gpu.capability.1 > 0 { 3 } else { 4 }
+}
+
 /// 16-byte units of a row in shared memory.
 fn row_units(values: usize) -> usize {
-    values / GROUP | 1
+    (values / GROUP) | 1
 }
 
 /// f32 values that the parts of sums of any of a model's groups take at once.
@@ -94,10 +104,15 @@ pub(crate) fn partial_values(sizes: &Sizes, tokens: usize) -> usize {
             return 0;
         }
         let all = Passes::of(of.extension);
-        // One more a projection, which may begin within a tile.
-        let u = all.partial_values(tokens.div_ceil(TILE)).max(all.partial_values(of.inputs.div_ceil(TILE)));
-        u.max(rank.partial_values(projections * tokens.div_ceil(TILE)))
-            .max(rank.partial_values(of.outputs.div_ceil(TILE) + projections))
+        let u = all.partial_values(tokens.div_ceil(TILE).max(of.inputs.div_ceil(TILE)));
+        // One tile more a projection, which may begin within one.
+        let tiles = |width: usize| (of.outputs + projections * GROUP).div_ceil(width) + projections;
+        let outputs = if sizes.padded_rank > MAX_RANK_OF_ONE_PASS {
+            rank.partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)))
+        } else {
+            tiles(STRIP) * width_of_one_pass(sizes.padded_rank) * (tokens + SHARES * STRIP)
+        };
+        u.max(outputs)
     };
     Group::ALL.into_iter().map(of_group).max().unwrap_or(0)
 }
@@ -149,75 +164,119 @@ pub(crate) fn u(
     }
     let passes = Passes::of(width);
     let launch = tiled(launch, partials, passes, tokens.div_ceil(TILE));
-    let shared = STAGES * 16 * row_units(STEP) * (TILE + GROUP * passes.groups);
+    let shared = stages(gpu) * 16 * row_units(STEP) * (TILE + GROUP * passes.groups);
     // SAFETY: shapes, the room for parts and the number of tiles were checked.
     unsafe { launch.int(tokens).int(x.columns).int(width).shared(shared as u32).run() }
 }
 
-/// du = dy (s·B), into dy's extension; `outputs` are the columns of dy of each projection.
-pub(crate) fn du(
-    gpu: &Gpu,
-    partials: Mat<'_>,
-    dy: Mat<'_>,
-    scaled_b: Mat<'_>,
-    du: Mat<'_>,
-    outputs: &[usize],
-) -> Result<()> {
-    let (tokens, width) = du.shape();
-    let columns: usize = outputs.iter().sum();
-    assert!(dy.shape() == (tokens, columns) && scaled_b.shape() == (columns, width), "lora du: {dy:?} {scaled_b:?}");
-    let padded_rank = width / outputs.len();
-    let mut group = Parameters { count: outputs.len() as i32, ..Parameters::default() };
-    outputs.iter().zip(&mut group.outputs).for_each(|(&outputs, place)| *place = outputs as i32);
-    let name = of_type(dy.dtype, "lora_du_bf16", "lora_du_f32");
-    let launch = optional(gpu.launch(name)?.mat(du), None).mat(dy).mat(scaled_b);
-    if dy.dtype == Dtype::F32 {
-        let launch = launch.arg(&group).int(tokens).int(padded_rank);
-        // SAFETY: shapes were checked.
-        return unsafe { launch.grid(tokens as u32, FLAT_THREADS as u32).run() };
-    }
-    let passes = Passes::of(padded_rank);
-    let launch = tiled(launch, partials, passes, outputs.len() * tokens.div_ceil(TILE));
-    let shared = STAGES * 16 * (TILE * row_units(STEP) + STEP * row_units(GROUP * passes.groups));
-    // SAFETY: shapes, the room for parts and the number of tiles were checked.
-    unsafe { launch.arg(&group).int(tokens).int(padded_rank).shared(shared as u32).run() }
+/// What the gradients of a group's outputs give to its LoRAs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Outputs<'a> {
+    /// (T, N).
+    pub(crate) dy: Mat<'a>,
+    /// Columns of dy that each projection has.
+    pub(crate) columns: &'a [usize],
+    /// What forward kept, (T, P·R).
+    pub(crate) u: Mat<'a>,
+    /// s·B in its blocks, (N, P·R).
+    pub(crate) scaled_b: Mat<'a>,
+    pub(crate) scale: f32,
 }
 
-/// dB += s · dyᵀ u of each projection that has one. `outputs` are the columns of dy of each, u has `padded_rank` columns for each.
-pub(crate) fn db(
+impl Outputs<'_> {
+    fn padded_rank(&self) -> usize {
+        self.u.columns / self.columns.len()
+    }
+
+    /// Tiles of that width, each within a projection, from multiples of 8 on.
+    fn tiles(&self, width: usize) -> usize {
+        let (mut first, mut tiles) = (0, 0);
+        for columns in self.columns {
+            tiles += (first % GROUP + columns).div_ceil(width);
+            first += columns;
+        }
+        tiles
+    }
+}
+
+/// du = dy (s·B), into dy's extension, and dB += s · dyᵀ u of each projection that has one.
+pub(crate) fn backward_outputs(
     gpu: &Gpu,
     partials: Mat<'_>,
+    du: Mat<'_>,
     gradients: &[Option<Mat<'_>>],
-    outputs: &[usize],
-    (dy, u): (Mat<'_>, Mat<'_>),
-    scale: f32,
+    outputs: &Outputs<'_>,
 ) -> Result<()> {
-    assert!(
-        gradients.len() == outputs.len() && dy.columns == outputs.iter().sum::<usize>() && u.rows == dy.rows,
-        "lora db: {dy:?}"
-    );
-    let padded_rank = u.columns / gradients.len();
+    let Outputs { dy, columns, u, scaled_b, scale } = *outputs;
+    let padded_rank = outputs.padded_rank();
+    let all: usize = columns.iter().sum();
+    assert!(dy.columns == all && u.shape() == (dy.rows, columns.len() * padded_rank), "lora: {outputs:?}");
+    assert!(du.shape() == u.shape() && scaled_b.shape() == (all, u.columns), "lora: {du:?} of {outputs:?}");
+    assert!(gradients.len() == columns.len(), "lora: a gradient or none for each projection");
     let mut group = gradient_group(gradients, scale);
-    for ((place, &outputs), gradient) in group.outputs.iter_mut().zip(outputs).zip(gradients) {
-        let fits = gradient.is_none_or(|it| it.rows == outputs && it.columns <= padded_rank && it.columns == it.stride);
-        assert!(fits, "lora db: {gradient:?} of {outputs} outputs");
-        *place = outputs as i32;
+    for ((place, &columns), gradient) in group.outputs.iter_mut().zip(columns).zip(gradients) {
+        let fits = gradient.is_none_or(|it| it.rows == columns && it.columns <= padded_rank && it.columns == it.stride);
+        assert!(fits, "lora db: {gradient:?} of {columns} outputs");
+        *place = columns as i32;
     }
+    if dy.dtype == Dtype::F32 || padded_rank > MAX_RANK_OF_ONE_PASS {
+        du_of(gpu, partials, du, outputs)?;
+        return db_of(gpu, partials, &group, outputs);
+    }
+    let (width, strips) = (width_of_one_pass(padded_rank), outputs.tiles(STRIP));
+    let sums = strips * dy.rows * width;
+    let needed = sums + strips * SHARES * STRIP * width;
+    assert!(strips <= MAX_TILES && partials.rows * partials.columns >= needed, "lora: {needed} in {partials:?}");
+    let (of_du, of_db) = (partials.pointer, partials.pointer + 4 * sums as u64);
+    let units = row_units(width);
+    let shared = 16 * (OUTPUT_STAGES * STEP * (row_units(STRIP) + units) + STRIP * units + 32 * width);
+    let launch = gpu.launch("lora_du_db_bf16")?.grid_3d((SHARES as u32, strips as u32, 1), 256).shared(shared as u32);
+    let launch = launch.arg(&group).mat(dy).mat(u).mat(scaled_b).long(of_du).long(of_db);
+    // SAFETY: shapes, the room for parts and the number of strips were checked.
+    unsafe { launch.int(dy.rows).int(padded_rank).run() }?;
+    let blocks = (dy.rows * columns.len() * width / 4).div_ceil(128);
+    let launch = gpu.launch("lora_du_sum_bf16")?.grid(blocks as u32, 128).mat(du).long(of_du).arg(&group);
+    // SAFETY: as above.
+    unsafe { launch.int(dy.rows).int(padded_rank).run() }
+}
+
+/// Columns that a projection has in the sums of one pass.
+fn width_of_one_pass(padded_rank: usize) -> usize {
+    if padded_rank <= 16 { 16 } else { 32 }
+}
+
+fn du_of(gpu: &Gpu, partials: Mat<'_>, du: Mat<'_>, outputs: &Outputs<'_>) -> Result<()> {
+    let (dy, padded_rank) = (outputs.dy, outputs.padded_rank());
+    let mut group = Parameters { count: outputs.columns.len() as i32, ..Parameters::default() };
+    group.outputs.iter_mut().zip(outputs.columns).for_each(|(place, &columns)| *place = columns as i32);
+    let name = of_type(dy.dtype, "lora_du_bf16", "lora_du_f32");
+    let launch = optional(gpu.launch(name)?.mat(du), None).mat(dy).mat(outputs.scaled_b);
     if dy.dtype == Dtype::F32 {
-        let launch = gpu.launch("lora_db_f32")?.arg(&group).mat(dy).mat(u).int(dy.rows).int(padded_rank);
-        let blocks = (dy.columns * padded_rank).div_ceil(FLAT_THREADS);
-        // SAFETY: shapes were checked.
-        return unsafe { launch.grid(blocks as u32, FLAT_THREADS as u32).run() };
-    }
-    let (mut first, mut tiles) = (0, 0);
-    for outputs in outputs {
-        tiles += (first % GROUP + outputs).div_ceil(TILE);
-        first += outputs;
+        let launch = launch.arg(&group).int(dy.rows).int(padded_rank);
+        // SAFETY: the caller checked shapes.
+        return unsafe { launch.grid(dy.rows as u32, FLAT_THREADS as u32).run() };
     }
     let passes = Passes::of(padded_rank);
-    let launch = tiled(gpu.launch("lora_db_bf16")?.arg(&group).mat(dy).mat(u), partials, passes, tiles);
-    // SAFETY: shapes, the room for parts and the number of tiles were checked.
-    unsafe { launch.int(dy.rows).int(padded_rank).shared(shared_of_sums(passes)).run() }
+    let launch = tiled(launch, partials, passes, outputs.columns.len() * dy.rows.div_ceil(TILE));
+    let shared = stages(gpu) * 16 * (TILE * row_units(STEP) + STEP * row_units(GROUP * passes.groups));
+    // SAFETY: the caller checked shapes; the room for parts and the number of tiles were checked.
+    unsafe { launch.arg(&group).int(dy.rows).int(padded_rank).shared(shared as u32).run() }
+}
+
+fn db_of(gpu: &Gpu, partials: Mat<'_>, group: &GradientGroup, outputs: &Outputs<'_>) -> Result<()> {
+    let (dy, padded_rank) = (outputs.dy, outputs.padded_rank());
+    let name = of_type(dy.dtype, "lora_db_bf16", "lora_db_f32");
+    let launch = gpu.launch(name)?.arg(group).mat(dy).mat(outputs.u);
+    if dy.dtype == Dtype::F32 {
+        let blocks = (dy.columns * padded_rank).div_ceil(FLAT_THREADS);
+        let launch = launch.int(dy.rows).int(padded_rank).grid(blocks as u32, FLAT_THREADS as u32);
+        // SAFETY: the caller checked shapes.
+        return unsafe { launch.run() };
+    }
+    let passes = Passes::of(padded_rank);
+    let launch = tiled(launch, partials, passes, outputs.tiles(TILE)).int(dy.rows).int(padded_rank);
+    // SAFETY: the caller checked shapes; the room for parts and the number of tiles were checked.
+    unsafe { launch.shared(shared_of_sums(gpu, passes)).run() }
 }
 
 /// dA += duᵀ x of each projection that has one; du has `padded_rank` columns for each.
@@ -247,7 +306,7 @@ pub(crate) fn da(
     let launch = gpu.launch("lora_da_bf16")?.arg(&group).mat(x).mat(du);
     let launch = tiled(launch, partials, passes, x.columns.div_ceil(TILE)).int(x.rows).int(x.columns).int(padded_rank);
     // SAFETY: shapes, the room for parts and the number of tiles were checked.
-    unsafe { launch.shared(shared_of_sums(passes)).run() }
+    unsafe { launch.shared(shared_of_sums(gpu, passes)).run() }
 }
 
 /// Addresses and ranks (columns) of gradients.
@@ -283,8 +342,8 @@ fn tiled<'a>(launch: Launch<'a>, partials: Mat<'_>, passes: Passes, tiles: usize
 }
 
 /// Shared memory of the kernels that sum over tokens.
-fn shared_of_sums(passes: Passes) -> u32 {
-    (STAGES * 16 * STEP * (row_units(TILE) + row_units(GROUP * passes.groups))) as u32
+fn shared_of_sums(gpu: &Gpu, passes: Passes) -> u32 {
+    (stages(gpu) * 16 * STEP * (row_units(TILE) + row_units(GROUP * passes.groups))) as u32
 }
 
 #[cfg(test)]
@@ -406,10 +465,6 @@ mod tests {
         let (dy_held, b_held) =
             (held(&dy, tokens, columns, aligned(columns)), held(&scaled_b, columns, width, aligned(inputs + width)));
         let out = Held::poisoned(gpu, (tokens, width), aligned(width), dtype);
-        du(gpu, partials.row(Dtype::F32), dy_held.mat(), b_held.mat(), out.mat(), case.outputs).unwrap();
-        let expected = product(&dy, &transposed(&scaled_b, width), columns);
-        assert_near(&name("du"), &out.values(), &expected, tolerance(dtype));
-
         // Gradients add to what is there; the last projection has no LoRA where there are several.
         let has_lora = |projection: usize| projection == 0 || projection + 1 < case.outputs.len();
         let (x_held, u_held) = (held(&x, tokens, inputs, aligned(inputs)), held(&u, tokens, width, width));
@@ -420,7 +475,11 @@ mod tests {
             shapes.map(|shape| shape.map(begun)).collect()
         };
         let (dbs, das) = (of_each(&|p| (case.outputs[p], case.rank)), of_each(&|_| (case.rank, inputs)));
-        db(gpu, partials.row(Dtype::F32), &mats(&dbs), case.outputs, (dy_held.mat(), u_held.mat()), 0.5).unwrap();
+        let outputs =
+            Outputs { dy: dy_held.mat(), columns: case.outputs, u: u_held.mat(), scaled_b: b_held.mat(), scale: 0.5 };
+        backward_outputs(gpu, partials.row(Dtype::F32), out.mat(), &mats(&dbs), &outputs).unwrap();
+        let expected = product(&dy, &transposed(&scaled_b, width), columns);
+        assert_near(&name("du"), &out.values(), &expected, tolerance(dtype));
         da(gpu, partials.row(Dtype::F32), &mats(&das), (u_held.mat(), x_held.mat())).unwrap();
         for (projection, (db, da)) in dbs.iter().zip(&das).enumerate() {
             let (Some(db), Some(da)) = (db, da) else { continue };

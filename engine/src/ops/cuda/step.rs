@@ -388,14 +388,14 @@ impl Backward<'_, '_> {
         let scaled_b = weight.rows(0, sizes.outputs).columns(sizes.inputs, sizes.extension);
         let (dy, du) = (dy.columns(0, sizes.outputs), dy.columns(sizes.outputs, sizes.extension));
         let rows: Vec<usize> = outputs_of(group, self.pass.sizes).map(|(.., rows)| rows).collect();
-        lora::du(gpu, self.parts.partials(), dy, scaled_b, du, &rows)?;
         let gradients: Vec<_> = outputs_of(group, self.pass.sizes)
             .map(|(_, target, _, rows)| {
                 let (_, offset_b) = self.pass.layout.offsets(self.layer, target)?;
                 Some(self.gradient.mat(4 * offset_b, (rows, rank), rank, Dtype::F32))
             })
             .collect();
-        lora::db(gpu, self.parts.partials(), &gradients, &rows, (dy, u), self.pass.layout.spec().scale() as f32)
+        let outputs = lora::Outputs { dy, columns: &rows, u, scaled_b, scale: self.pass.layout.spec().scale() as f32 };
+        lora::backward_outputs(gpu, self.parts.partials(), du, &gradients, &outputs)
     }
 
     /// dx = [dy | du] W'.
