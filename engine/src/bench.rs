@@ -32,6 +32,8 @@ pub struct BenchSpec {
     pub micro_steps: u32,
     /// Whether dequantized projections stay in the GPU's memory, where they have room.
     pub dense_resident: bool,
+    /// Most bytes of the GPU's memory that the run may take; `None`: what is free.
+    pub memory_bytes: Option<u64>,
 }
 
 /// A model whose sizes are known.

@@ -59,6 +59,9 @@ struct BenchTrainArgs {
     /// Keep dequantized weights in the GPU's memory, where they have room
     #[arg(long)]
     dense_resident: bool,
+    /// Most of the GPU's memory that the run may take; without it what is free
+    #[arg(long, value_name = "GIB")]
+    max_memory_gib: Option<f64>,
 }
 
 /// Times each kernel against the least time that its bytes or operations take; one line a kernel and size.
@@ -85,6 +88,7 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
             device: gpu(args.device)?,
             micro_steps: args.micro_steps,
             dense_resident: args.dense_resident,
+            memory_bytes: args.max_memory_gib.map(|gib| (gib * f64::from(1 << 30)) as u64),
         })?],
         What::Ops(args) => bench::ops(gpu(args.device)?)?,
     };

@@ -24,7 +24,6 @@ use super::{Pause, Progress};
 use crate::hub::{self, BaseModel, Hub};
 use crate::memory::Bound;
 use crate::types::attempt::TaskKind;
-use crate::types::device::Device;
 use crate::types::event::{EventType, Level};
 use crate::types::metric::Metric;
 use crate::types::worker_protocol::{

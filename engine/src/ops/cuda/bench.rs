@@ -72,7 +72,7 @@ fn setup(spec: &BenchSpec, shape: &Shape, tokens: usize) -> Setup {
         has_dropout: false,
         kept_layers: None,
         may_stay_dequantized: spec.dense_resident || spec.gradient_checkpointing == GradientCheckpointing::Auto,
-        memory_bytes: None,
+        memory_bytes: spec.memory_bytes,
     }
 }
 
