@@ -29,10 +29,13 @@ fn main() {
     if skip {
         sources.clear();
     }
-    compile(&sources, &out);
+    let architectures = architectures();
+    compile(&sources, &out, &architectures);
     let list: String = sources.iter().map(|source| list_line(&fatbin(source, &out))).collect();
     let text = format!(
-        "/// Compiled kernels, one fatbin a source file.\npub(super) static FATBINS: &[&[u8]] = &[\n{list}];\n"
+        "/// Compiled kernels, one fatbin a source file.\npub(super) static FATBINS: &[&[u8]] = &[\n{list}];\n\
+         /// What they were compiled for.\npub(super) const ARCHITECTURES: &str = {:?};\n",
+        architectures.join(",")
     );
     std::fs::write(out.join("fatbins.rs"), text).expect("OUT_DIR can be written");
 }
@@ -46,17 +49,20 @@ fn fatbin(source: &Path, out: &Path) -> PathBuf {
     out.join(name).with_extension("fatbin")
 }
 
+/// What to compile for. 90 means the card whose kernels need its specific target.
+fn architectures() -> Vec<String> {
+    let wanted = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| ARCHITECTURES.to_owned());
+    let name = |name: &str| name.trim().replace("sm_", "").replace('.', "");
+    wanted.split(',').map(name).map(|name| if name == "90" { "90a".to_owned() } else { name }).collect()
+}
+
 /// Compiles what is older than its source or a header, as many at once as cargo allows.
-fn compile(sources: &[PathBuf], out: &Path) {
-    let architectures = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| ARCHITECTURES.to_owned());
-    // A narrower toolchain setting such as 90 means the same card as 90a: its kernels need the specific target.
-    let architectures: Vec<String> =
-        architectures.split(',').map(|name| name.trim().replace("sm_", "").replace('.', "")).collect();
+fn compile(sources: &[PathBuf], out: &Path, architectures: &[String]) {
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize).max(1);
     let stamp = architectures.join(",");
     let stale: Vec<&PathBuf> = sources.iter().filter(|source| is_stale(source, out, &stamp)).collect();
     for some in stale.chunks(jobs) {
-        let running: Vec<_> = some.iter().map(|source| (source, start(source, out, &architectures))).collect();
+        let running: Vec<_> = some.iter().map(|source| (source, start(source, out, architectures))).collect();
         for (source, mut child) in running {
             let status = child.wait().expect("nvcc can be waited for");
             assert!(status.success(), "nvcc failed on {}", source.display());
@@ -85,7 +91,6 @@ fn start(source: &Path, out: &Path, architectures: &[String]) -> std::process::C
     let mut command = Command::new(&nvcc);
     command.args(["-fatbin", "-std=c++17", "-O3", "-lineinfo", "-o"]).arg(fatbin(source, out)).arg(source);
     for name in architectures {
-        let name = if name == "90" { "90a" } else { name };
         command.arg(format!("-gencode=arch=compute_{name},code=sm_{name}"));
     }
     command.spawn().unwrap_or_else(|error| {

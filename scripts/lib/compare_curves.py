@@ -6,7 +6,7 @@ import sys
 
 def losses(path):
     with open(path, newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row["train_loss"]) for row in csv.DictReader(file)]
 
 
 reference = losses(sys.argv[1])

@@ -9,8 +9,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-use super::gemm::Product;
+use super::gemm::{Product, WORKSPACE_BYTES};
 use super::random;
+use super::sizes::Sizes;
 use super::trainer::{Setup, Trainer};
 use super::{Buffer, Dtype, Gpu, devices};
 use crate::adapter::{LoraLayout, LoraParams};
@@ -41,17 +42,22 @@ pub(crate) fn bench_train(spec: &BenchSpec) -> Result<Value> {
     let shape = model.config.shape.clone();
     let tokens = (spec.micro_batch_size * spec.max_seq_length) as usize;
     let setup = setup(spec, &shape, tokens);
+    let model_bytes = gpu.allocated_bytes() - WORKSPACE_BYTES;
     let kept_layers = match spec.gradient_checkpointing {
         GradientCheckpointing::None => shape.layers,
         GradientCheckpointing::Full => 0,
         GradientCheckpointing::Auto => Trainer::choose_beside(&gpu, &model, &setup)?,
     };
+    let dequantizes_head = model.lm_head().as_mat(Dtype::Bf16).is_none();
     let mut trainer = Trainer::with_model(Rc::clone(&gpu), model, &setup, kept_layers)?;
+    let estimated = setup.bytes(&Sizes::new(&shape, &setup.layout), model_bytes, dequantizes_head, kept_layers);
+    let used_bytes = gpu.used_bytes()?;
     trainer.write_parameters(&host(random_lora(&setup.layout)?.flat())?)?;
     let batch = batch(spec, shape.vocabulary);
     let times = Times::measure(&mut trainer, &gpu, &batch, spec.micro_steps as usize)?;
     let families = profile(&mut trainer, &gpu, &batch)?;
-    Ok(report(spec, &shape, &trainer, &batch, &rates, &times, families))
+    let bytes = (estimated + trainer.resident_bytes(), used_bytes);
+    Ok(report(spec, &shape, &trainer, &batch, (&rates, bytes), &times, families))
 }
 
 /// The GPU that is named.
@@ -223,7 +229,7 @@ fn report(
     shape: &Shape,
     trainer: &Trainer,
     batch: &MicroBatch,
-    rates: &Rates,
+    (rates, (estimated_bytes, used_bytes)): (&Rates, (usize, usize)),
     times: &Times,
     kernels: Vec<(&'static str, f64, usize)>,
 ) -> Value {
@@ -247,7 +253,10 @@ fn report(
         .iter()
         .map(|(label, ms, count)| json!({ "kernel": label, "ms": rounded(*ms), "launches": count }))
         .collect();
-    let name = devices().ok().zip(ordinal(spec.device)).and_then(|(all, at)| all.get(at).map(|gpu| gpu.name.clone()));
+    let name = devices()
+        .ok()
+        .zip(ordinal(spec.device))
+        .and_then(|(all, at)| all.into_iter().find(|gpu| gpu.ordinal == at).map(|gpu| gpu.name));
     json!({
         "shape": spec.shape.name(),
         "quantization": spec.quantization.name(),
@@ -266,6 +275,8 @@ fn report(
         "micro_step_ms_most": rounded(times.device_ms.iter().copied().fold(0.0, f64::max)),
         "optimizer_step_ms": rounded(optimizer_ms),
         "peak_bytes": trainer.allocated_bytes(),
+        "estimated_bytes": estimated_bytes,
+        "used_bytes_with_context": used_bytes,
         "peak_gib": rounded(trainer.allocated_bytes() as f64 / f64::from(1 << 30)),
         "kept_layers": trainer.kept_layers(),
         "resident_weight_bytes": trainer.resident_bytes(),

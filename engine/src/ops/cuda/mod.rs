@@ -34,7 +34,7 @@ mod weights;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -77,7 +77,25 @@ pub fn devices() -> Result<Vec<CudaDevice>, String> {
         result::init()?;
         (0..result::device::get_count()?).map(describe).collect()
     };
-    list().map_err(|error| format!("the NVIDIA driver refuses: {error}"))
+    let found = list().map_err(|error| format!("the NVIDIA driver refuses: {error}"))?;
+    // Numbers are the driver's: a card that is left out leaves a gap.
+    let (usable, others): (Vec<_>, Vec<_>) = found.into_iter().partition(|gpu| has_kernels_for(gpu.compute_capability));
+    match others.first() {
+        Some(CudaDevice { name, compute_capability: (major, minor), .. }) if usable.is_empty() => {
+            Err(format!("{name} has compute capability {major}.{minor}, this build has kernels for {ARCHITECTURES}"))
+        }
+        _ => Ok(usable),
+    }
+}
+
+/// Whether a kernel of this build runs on that compute capability: machine code runs on its own generation's later cards, and what has an
+/// `a` on no other card.
+fn has_kernels_for((major, minor): (i32, i32)) -> bool {
+    ARCHITECTURES.split(',').any(|name| {
+        let (digits, is_specific) = name.strip_suffix('a').map_or((name, false), |digits| (digits, true));
+        let number: i32 = digits.parse().unwrap_or(0);
+        number / 10 == major && if is_specific { number % 10 == minor } else { number % 10 <= minor }
+    })
 }
 
 fn describe(ordinal: i32) -> Result<CudaDevice, DriverError> {
@@ -120,7 +138,7 @@ pub(crate) struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     modules: Vec<sys::CUmodule>,
-    kernels: RefCell<HashMap<&'static str, Rc<Kernel>>>,
+    kernels: HashMap<String, Rc<Kernel>>,
     gemm: RefCell<Option<Gemm>>,
     profile: RefCell<Option<Profile>>,
     allocated_bytes: Cell<usize>,
@@ -137,7 +155,7 @@ impl Gpu {
     /// [`Error::Device`] where there is none, or the driver refuses.
     pub(crate) fn new(ordinal: usize) -> Result<Rc<Self>> {
         let found = devices().map_err(Error::Device)?;
-        let Some(device) = found.get(ordinal) else {
+        let Some(device) = found.iter().find(|gpu| gpu.ordinal == ordinal) else {
             return Err(Error::Device(format!("cuda:{ordinal} is not there: this machine has {} GPUs", found.len())));
         };
         let context = CudaContext::new(ordinal).map_err(failed("opening the GPU"))?;
@@ -145,14 +163,18 @@ impl Gpu {
         // SAFETY: nothing was allocated before, and this context's memory is used on one stream alone.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed("making a stream"))?;
-        let modules = FATBINS.iter().map(|fatbin| load(fatbin)).collect::<Result<_>>()?;
+        let modules = FATBINS.iter().map(|fatbin| load(fatbin)).collect::<Result<Vec<_>>>()?;
+        let mut kernels = HashMap::new();
+        for module in &modules {
+            kernels.extend(functions_of(*module).map_err(failed("listing the kernels"))?);
+        }
         let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(attribute).map_err(failed("asking the GPU"))? as u32;
         let gpu = Self {
             context,
             stream,
             modules,
-            kernels: RefCell::default(),
+            kernels,
             gemm: RefCell::new(None),
             profile: RefCell::new(None),
             allocated_bytes: Cell::new(0),
@@ -178,21 +200,9 @@ impl Gpu {
     }
 
     fn kernel(&self, name: &'static str) -> Result<Rc<Kernel>> {
-        if let Some(kernel) = self.kernels.borrow().get(name) {
-            return Ok(Rc::clone(kernel));
-        }
-        let c_name = CString::new(name).map_err(|_| Error::Device(format!("no kernel is called {name:?}")))?;
-        // SAFETY: the modules are loaded for as long as `self` lives.
-        let find = |module: &sys::CUmodule| unsafe { result::module::get_function(*module, c_name.clone()) }.ok();
-        let Some(function) = self.modules.iter().find_map(find) else {
-            return Err(Error::Device(format!(
-                "this build has no kernel `{name}` for compute capability {:?}",
-                self.capability
-            )));
-        };
-        let kernel = Rc::new(Kernel { function, shared_bytes: Cell::new(0) });
-        self.kernels.borrow_mut().insert(name, Rc::clone(&kernel));
-        Ok(kernel)
+        let missing =
+            || Error::Device(format!("this build has no kernel `{name}` for compute capability {:?}", self.capability));
+        self.kernels.get(name).cloned().ok_or_else(missing)
     }
 
     /// Waits until all that was queued is done.
@@ -214,6 +224,14 @@ impl Gpu {
     /// [`Error::Device`] where the driver refuses.
     pub(crate) fn memory(&self) -> Result<(usize, usize)> {
         self.context.mem_get_info().map_err(failed("asking for free memory"))
+    }
+
+    /// Bytes of the GPU's memory that are in use, by the driver and others too.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver refuses.
+    pub(crate) fn used_bytes(&self) -> Result<usize> {
+        self.memory().map(|(free, total)| total - free)
     }
 
     /// Runs a matrix product: see [`Gemm::run`].
@@ -293,6 +311,28 @@ impl Drop for Gpu {
 fn load(fatbin: &'static [u8]) -> Result<sys::CUmodule> {
     // SAFETY: the bytes are a whole fatbin of nvcc's, which carries its own length.
     unsafe { result::module::load_data(fatbin.as_ptr().cast()) }.map_err(failed("loading the kernels"))
+}
+
+/// Every kernel of a module, by its name.
+fn functions_of(module: sys::CUmodule) -> Result<Vec<(String, Rc<Kernel>)>, DriverError> {
+    let mut count = 0;
+    // SAFETY: the module is loaded; the driver writes one number, then so many functions.
+    let functions = unsafe {
+        sys::cuModuleGetFunctionCount(&raw mut count, module).result()?;
+        let mut functions = vec![std::ptr::null_mut(); count as usize];
+        sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module).result()?;
+        functions
+    };
+    let named = |function: sys::CUfunction| {
+        let mut name = std::ptr::null();
+        // SAFETY: the function is the module's; the driver's name of it lives as long as the module.
+        let name = unsafe {
+            sys::cuFuncGetName(&raw mut name, function).result()?;
+            CStr::from_ptr(name)
+        };
+        Ok((name.to_string_lossy().into_owned(), Rc::new(Kernel { function, shared_bytes: Cell::new(0) })))
+    };
+    functions.into_iter().map(named).collect()
 }
 
 /// What the driver said about that.

@@ -96,6 +96,21 @@ fn pieces(shape: &Shape, quantization: BenchQuantization, tied: bool) -> Vec<usi
     all
 }
 
+/// A matrix alone.
+///
+/// # Errors
+/// As [`model`].
+pub(crate) fn matrix(gpu: &Rc<Gpu>, shape: (usize, usize), quantization: BenchQuantization) -> Result<DeviceWeight> {
+    let mut slab = Slab::new(gpu, pieces_of(shape, quantization))?;
+    let values = rows_of(&mut ChaCha8Rng::seed_from_u64(3407), shape.1);
+    weight(&mut slab, &values, shape, quantization)
+}
+
+/// Bytes that a matrix takes.
+pub(crate) fn stored_bytes(shape: (usize, usize), quantization: BenchQuantization) -> usize {
+    pieces_of(shape, quantization).iter().sum()
+}
+
 fn rows_of(random: &mut ChaCha8Rng, columns: usize) -> Vec<f32> {
     (0..ROWS * columns).map(|_| DEVIATION * normal(random)).collect()
 }

@@ -74,7 +74,7 @@ impl Setup {
     }
 
     /// Bytes that a run with so many kept layers takes, none of whose weights stay dequantized.
-    fn bytes(&self, sizes: &Sizes, model_bytes: usize, dequantizes_head: bool, kept_layers: usize) -> usize {
+    pub(super) fn bytes(&self, sizes: &Sizes, model_bytes: usize, dequantizes_head: bool, kept_layers: usize) -> usize {
         let buffers = Buffers::bytes(sizes, self.need(dequantizes_head, kept_layers));
         model_bytes + self.state_bytes() + buffers + WORKSPACE_BYTES + adamw::NORM_BYTES
     }
