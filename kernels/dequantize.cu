@@ -101,7 +101,7 @@ __device__ __forceinline__ void convert_matrix(T* out, long long out_stride, con
     const unsigned count = unsigned(min(size_t(rows) * columns - size_t(blockIdx.x) * CHUNK, size_t(CHUNK)));
     if (columns % GROUP == 0) {
         unsigned first_row, first_column;
-        chunk_start(columns, first_row, first_column);
+        chunk_start(blockIdx.x, columns, first_row, first_column);
 #pragma unroll
         for (int i = 0; i < CHUNK / GROUP / THREADS; i++) {
             const unsigned at = (i * THREADS + threadIdx.x) * GROUP;

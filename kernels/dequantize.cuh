@@ -65,9 +65,9 @@ __device__ __forceinline__ void scale_and_add(uint2 bytes, float scale, float te
     }
 }
 
-// The first row and column of what this block of threads writes of a matrix whose columns are a multiple of 8.
-__device__ __forceinline__ void chunk_start(int columns, unsigned& row, unsigned& column) {
-    const unsigned first_group = blockIdx.x * (CHUNK / GROUP), groups = unsigned(columns) / GROUP;
+// The first row and column of a chunk of a matrix whose columns are a multiple of 8.
+__device__ __forceinline__ void chunk_start(unsigned chunk, int columns, unsigned& row, unsigned& column) {
+    const unsigned first_group = chunk * (CHUNK / GROUP), groups = unsigned(columns) / GROUP;
     row = first_group / groups;
     column = (first_group - row * groups) * GROUP;
 }
@@ -129,7 +129,7 @@ __device__ __forceinline__ void dequantize(T* out, long long out_stride, const u
         stage(shared, source, count / Format::VALUES * Format::BYTES);
     }
     unsigned first_row, first_column;
-    chunk_start(columns, first_row, first_column);
+    chunk_start(blockIdx.x, columns, first_row, first_column);
 #pragma unroll
     for (int i = 0; i < CHUNK / GROUP / THREADS; i++) {
         const unsigned at = (i * THREADS + threadIdx.x) * GROUP;

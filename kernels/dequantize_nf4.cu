@@ -6,6 +6,8 @@
 // dequantize_nf4_double_*: absmax[i] = code_map[absmax_codes[i]] nested_absmax[i / 256] + offset; code_map (256).
 // f32 results are the CPU's, bit for bit; bf16 ones are those rounded to nearest even.
 //
+// dequantize_nf4_group_*: up to three of the latter at once, as many blocks as they have chunks.
+//
 // Launch rule: see dequantize.cuh (whole matrices). `packed` is 16-byte aligned, out_stride a multiple of 8; columns need not be one.
 // CPU twin: engine/src/quant/nf4.rs. Source: bitsandbytes, csrc/kernels.cu (kDequantizeBlockwise); QLoRA (2305.14314), appendix E.
 
@@ -47,11 +49,11 @@ struct Double {
 
 template <class Absmax, class T>
 __device__ __forceinline__ void dequantize_nf4(
-    T* out, long long out_stride, const uint8_t* packed, Absmax absmax, int rows, int columns) {
+    T* out, long long out_stride, const uint8_t* packed, Absmax absmax, unsigned chunk, int rows, int columns) {
     constexpr int GROUPS = CHUNK / GROUP / THREADS;
     // Sixteen words lie in sixteen banks: any two lanes read other banks or the same word.
     __shared__ float levels[LEVEL_COUNT];
-    const size_t start = size_t(blockIdx.x) * CHUNK;
+    const size_t start = size_t(chunk) * CHUNK;
     const unsigned count = unsigned(min(size_t(rows) * columns - start, size_t(CHUNK)));
     packed += start / 2;
     const bool whole_groups = columns % GROUP == 0;
@@ -62,7 +64,7 @@ __device__ __forceinline__ void dequantize_nf4(
         const unsigned at = (i * THREADS + threadIdx.x) * GROUP;
         if (whole_groups && at < count) {
             codes[i] = __ldcs(reinterpret_cast<const uint32_t*>(packed) + at / GROUP);
-            factors[i] = absmax(blockIdx.x * (CHUNK / BLOCK) + at / BLOCK);
+            factors[i] = absmax(chunk * (CHUNK / BLOCK) + at / BLOCK);
         }
     }
     if (threadIdx.x < LEVEL_COUNT) {
@@ -71,7 +73,7 @@ __device__ __forceinline__ void dequantize_nf4(
     __syncthreads();
     if (whole_groups) {
         unsigned first_row, first_column;
-        chunk_start(columns, first_row, first_column);
+        chunk_start(chunk, columns, first_row, first_column);
 #pragma unroll
         for (int i = 0; i < GROUPS; i++) {
             const unsigned at = (i * THREADS + threadIdx.x) * GROUP;
@@ -90,7 +92,7 @@ __device__ __forceinline__ void dequantize_nf4(
         for (unsigned at = threadIdx.x; at < count; at += THREADS) {
             const size_t row = (start + at) / unsigned(columns);
             const int code = packed[at / 2] >> (at % 2 == 0 ? 4 : 0) & 15;
-            const float value = levels[code] * absmax(blockIdx.x * (CHUNK / BLOCK) + at / BLOCK);
+            const float value = levels[code] * absmax(chunk * (CHUNK / BLOCK) + at / BLOCK);
             out[row * out_stride + (start + at - row * columns)] = from_f32<T>(value);
         }
     }
@@ -98,17 +100,48 @@ __device__ __forceinline__ void dequantize_nf4(
 
 }  // namespace
 
+constexpr int MAX_MATRICES = 3;
+
+// Matrices with double-quantized factors; engine/src/ops/cuda/dequantize.rs holds the same structs.
+struct Nf4Matrix {
+    void* out;
+    long long out_stride;
+    const uint8_t* packed;
+    const uint8_t* absmax_codes;
+    const float* code_map;
+    const float* nested_absmax;
+    float offset;
+    int rows, columns;
+    // Chunks of the matrices before this one.
+    int first_chunk;
+};
+
+struct Nf4Group {
+    Nf4Matrix matrices[MAX_MATRICES];
+    int count;
+};
+
 // ---------------------------------------------------------------- kernels
 
-#define NF4_KERNELS(SUFFIX, T)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4_##SUFFIX(                                               \
-        T* out, long long out_stride, const uint8_t* packed, const float* absmax, int rows, int columns) {                       \
-        dequantize_nf4(out, out_stride, packed, Single{absmax}, rows, columns);                                                  \
-    }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4_double_##SUFFIX(                                        \
-        T* out, long long out_stride, const uint8_t* packed, const uint8_t* absmax_codes, const float* code_map,                 \
-        const float* nested_absmax, float offset, int rows, int columns) {                                                       \
-        dequantize_nf4(out, out_stride, packed, Double{absmax_codes, code_map, nested_absmax, offset}, rows, columns);           \
+#define NF4_KERNELS(SUFFIX, T)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4_##SUFFIX(                                                  \
+        T* out, long long out_stride, const uint8_t* packed, const float* absmax, int rows, int columns) {                          \
+        dequantize_nf4(out, out_stride, packed, Single{absmax}, blockIdx.x, rows, columns);                                         \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4_double_##SUFFIX(                                           \
+        T* out, long long out_stride, const uint8_t* packed, const uint8_t* absmax_codes, const float* code_map,                    \
+        const float* nested_absmax, float offset, int rows, int columns) {                                                          \
+        dequantize_nf4(out, out_stride, packed, Double{absmax_codes, code_map, nested_absmax, offset}, blockIdx.x, rows, columns);  \
+    }                                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4_group_##SUFFIX(const __grid_constant__ Nf4Group group) {   \
+        int index = 0;                                                                                                              \
+        while (index + 1 < group.count && int(blockIdx.x) >= group.matrices[index + 1].first_chunk) {                               \
+            index++;                                                                                                                \
+        }                                                                                                                           \
+        const Nf4Matrix& matrix = group.matrices[index];                                                                            \
+        const Double absmax = {matrix.absmax_codes, matrix.code_map, matrix.nested_absmax, matrix.offset};                          \
+        dequantize_nf4(static_cast<T*>(matrix.out), matrix.out_stride, matrix.packed, absmax, blockIdx.x - matrix.first_chunk,      \
+                       matrix.rows, matrix.columns);                                                                                \
     }
 
 NF4_KERNELS(bf16, bf16)

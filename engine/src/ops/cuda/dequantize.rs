@@ -1,6 +1,7 @@
 //! Dequantization of stored blocks on a GPU, whole matrices and single rows.
 
 use super::flat::of_type;
+use super::launch::Argument;
 use super::weights::{DeviceWeight, Stored};
 use super::{Buffer, Dtype, Gpu, Mat};
 use crate::Result;
@@ -9,6 +10,68 @@ use crate::quant::BlockType;
 /// Values that a block of threads writes, and its threads; kernels/dequantize.cuh names them too.
 const CHUNK: usize = 4096;
 const THREADS: u32 = 256;
+
+/// Matrices that one launch takes at most; kernels/dequantize_nf4.cu names it too.
+const MAX_MATRICES: usize = 3;
+
+/// kernels/dequantize_nf4.cu holds the same struct.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Nf4Matrix {
+    out: u64,
+    out_stride: i64,
+    packed: u64,
+    codes: u64,
+    map: u64,
+    nested: u64,
+    offset: f32,
+    rows: i32,
+    columns: i32,
+    first_chunk: i32,
+}
+
+/// kernels/dequantize_nf4.cu holds the same struct.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct Nf4Group {
+    matrices: [Nf4Matrix; MAX_MATRICES],
+    count: i32,
+}
+
+// SAFETY: `repr(C)`, as the kernels have it.
+unsafe impl Argument for Nf4Group {}
+
+/// Weights as values, each in its own place; in one launch where all are NF4.
+pub(crate) fn dequantize_all(gpu: &Gpu, weights: &[(&DeviceWeight, Mat<'_>)]) -> Result<()> {
+    let mut group = Nf4Group::default();
+    let mut chunks = 0;
+    for (place, (weight, out)) in weights.iter().enumerate() {
+        let Stored::Nf4 { packed, codes, map, nested, offset } = &weight.stored else {
+            return weights.iter().try_for_each(|(weight, out)| dequantize(gpu, weight, *out));
+        };
+        let (rows, columns) = (weight.rows, weight.columns);
+        assert!(out.shape() == (rows, columns) && out.dtype == weights[0].1.dtype, "dequantize: {out:?}");
+        group.matrices[place] = Nf4Matrix {
+            out: out.pointer,
+            out_stride: out.stride as i64,
+            packed: packed.at(0),
+            codes: codes.at(0),
+            map: map.at(0),
+            nested: nested.at(0),
+            offset: *offset,
+            rows: rows as i32,
+            columns: columns as i32,
+            first_chunk: chunks as i32,
+        };
+        chunks += (rows * columns).div_ceil(CHUNK);
+    }
+    let Some((_, first)) = weights.first() else { return Ok(()) };
+    group.count = weights.len() as i32;
+    let name = of_type(first.dtype, "dequantize_nf4_group_bf16", "dequantize_nf4_group_f32");
+    let chunks = i32::try_from(chunks).expect("a group has fewer than 2^43 values") as u32;
+    // SAFETY: the shapes were checked; the buffers hold matrices of those shapes.
+    unsafe { gpu.launch(name)?.grid(chunks, THREADS).arg(&group).run() }
+}
 
 /// The weight (rows, columns) as values.
 pub(crate) fn dequantize(gpu: &Gpu, weight: &DeviceWeight, out: Mat<'_>) -> Result<()> {
@@ -131,6 +194,15 @@ mod tests {
                 let out = Held::poisoned(&gpu, (rows, columns), columns.next_multiple_of(8) + 8, dtype);
                 dequantize(&gpu, &on_device, out.mat()).unwrap();
                 assert_eq!(out.values(), rounded(&expected, dtype), "{rows} × {columns} to {dtype:?}");
+                let out = [(); 3].map(|()| Held::poisoned(&gpu, (rows, columns), columns.next_multiple_of(8), dtype));
+                dequantize_all(&gpu, &out.each_ref().map(|out| (&on_device, out.mat()))).unwrap();
+                for out in out {
+                    assert_eq!(
+                        out.values(),
+                        rounded(&expected, dtype),
+                        "one of three, {rows} × {columns} to {dtype:?}"
+                    );
+                }
             }
         }
     }

@@ -123,11 +123,14 @@ impl DeviceModel {
         out: Mat<'_>,
     ) -> Result<()> {
         let mut first = 0;
-        for &target in group.targets() {
+        let place = |&target: &Target| {
             let weight = &self.blocks[layer].projections[target.index()];
-            dequantize::dequantize(gpu, weight, out.rows(first, weight.rows).columns(0, weight.columns))?;
+            let place = out.rows(first, weight.rows).columns(0, weight.columns);
             first += weight.rows;
-        }
+            (weight, place)
+        };
+        let weights: Vec<_> = group.targets().iter().map(place).collect();
+        dequantize::dequantize_all(gpu, &weights)?;
         fill_lora(gpu, (layer, group), sizes, (layout, parameters), out)
     }
 }
