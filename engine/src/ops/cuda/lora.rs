@@ -9,16 +9,18 @@ use super::{Dtype, Gpu, Launch, Mat};
 use crate::Result;
 
 const MAX_PROJECTIONS: usize = 3;
-/// Blocks that share a tile of a result, rows (or columns) of a tile, depth of a step; kernels/lora.cuh names them too.
-const SPLIT: usize = 4;
+/// Rows (or columns) of a tile of a result, depth of a step; kernels/lora.cuh names them too.
 const TILE: usize = 128;
 const STEP: usize = 64;
+/// Blocks that a launch should have, so that a large GPU is full, and parts that a tile's sum is split into at least and at most. No
+/// figure of the GPU at hand: sums are the same on all.
+const BLOCKS: usize = 128;
+const PARTS: std::ops::RangeInclusive<usize> = 4..=16;
 /// Columns of a narrow matrix in a pass, and tiles of a launch, at most; kernels/lora.cuh names them too.
 const MAX_WIDTH: usize = 96;
 const MAX_TILES: usize = 1 << 15;
-/// Columns of a strip of dy, blocks that share its tokens, and steps on their way; kernels/lora_output.cu names them too.
+/// Columns of a strip of dy, and steps on their way; kernels/lora_output.cu names them too.
 const STRIP: usize = 256;
-const SHARES: usize = 8;
 const OUTPUT_STAGES: usize = 3;
 /// The largest rank for which du and dB come from one pass over dy.
 const MAX_RANK_OF_ONE_PASS: usize = 32;
@@ -81,8 +83,24 @@ impl Passes {
 
     /// f32 values that the parts of so many tiles take.
     fn partial_values(self, tiles: usize) -> usize {
-        tiles * self.count * SPLIT * TILE * GROUP * self.groups
+        let tiles = tiles * self.count;
+        tiles * parts_of(tiles) * TILE * GROUP * self.groups
     }
+
+    /// As many for up to so many tiles.
+    fn most_partial_values(self, tiles: usize) -> usize {
+        self.partial_values(tiles).max(BLOCKS * TILE * GROUP * self.groups)
+    }
+}
+
+/// Parts that the sums of so many tiles are split into.
+fn parts_of(tiles: usize) -> usize {
+    (BLOCKS / tiles.max(1)).clamp(*PARTS.start(), *PARTS.end())
+}
+
+/// Parts of the sums of so many strips: a strip is as much work as two tiles.
+fn parts_of_strips(strips: usize) -> usize {
+    2 * parts_of(strips)
 }
 
 /// Steps that are on their way at a time; kernels/lora.cuh names them too.
@@ -104,13 +122,15 @@ pub(crate) fn partial_values(sizes: &Sizes, tokens: usize) -> usize {
             return 0;
         }
         let all = Passes::of(of.extension);
-        let u = all.partial_values(tokens.div_ceil(TILE).max(of.inputs.div_ceil(TILE)));
+        let u = all.most_partial_values(tokens.div_ceil(TILE).max(of.inputs.div_ceil(TILE)));
         // One tile more a projection, which may begin within one.
         let tiles = |width: usize| (of.outputs + projections * GROUP).div_ceil(width) + projections;
         let outputs = if sizes.padded_rank > MAX_RANK_OF_ONE_PASS {
-            rank.partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)))
+            rank.most_partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)))
         } else {
-            tiles(STRIP) * width_of_one_pass(sizes.padded_rank) * (tokens + SHARES * STRIP)
+            let strips = tiles(STRIP);
+            let parts = (strips * parts_of_strips(strips)).max(2 * BLOCKS);
+            (strips * tokens + parts * STRIP) * width_of_one_pass(sizes.padded_rank)
         };
         u.max(outputs)
     };
@@ -224,13 +244,14 @@ pub(crate) fn backward_outputs(
         return db_of(gpu, partials, &group, outputs);
     }
     let (width, strips) = (width_of_one_pass(padded_rank), outputs.tiles(STRIP));
+    let parts = parts_of_strips(strips);
     let sums = strips * dy.rows * width;
-    let needed = sums + strips * SHARES * STRIP * width;
+    let needed = sums + strips * parts * STRIP * width;
     assert!(strips <= MAX_TILES && partials.rows * partials.columns >= needed, "lora: {needed} in {partials:?}");
     let (of_du, of_db) = (partials.pointer, partials.pointer + 4 * sums as u64);
     let units = row_units(width);
     let shared = 16 * (OUTPUT_STAGES * STEP * (row_units(STRIP) + units) + STRIP * units + 32 * width);
-    let launch = gpu.launch("lora_du_db_bf16")?.grid_3d((SHARES as u32, strips as u32, 1), 256).shared(shared as u32);
+    let launch = gpu.launch("lora_du_db_bf16")?.grid_3d((parts as u32, strips as u32, 1), 256).shared(shared as u32);
     let launch = launch.arg(&group).mat(dy).mat(u).mat(scaled_b).long(of_du).long(of_db);
     // SAFETY: shapes, the room for parts and the number of strips were checked.
     unsafe { launch.int(dy.rows).int(padded_rank).run() }?;
@@ -338,7 +359,7 @@ fn tiled<'a>(launch: Launch<'a>, partials: Mat<'_>, passes: Passes, tiles: usize
         partials.rows * partials.columns >= needed && partials.dtype == Dtype::F32,
         "lora: {needed} in {partials:?}"
     );
-    launch.grid_3d((SPLIT as u32, blocks as u32, 1), THREADS).pointer(partials)
+    launch.grid_3d((parts_of(blocks) as u32, blocks as u32, 1), THREADS).pointer(partials)
 }
 
 /// Shared memory of the kernels that sum over tokens.
