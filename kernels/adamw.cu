@@ -11,7 +11,7 @@
 // factors (blocks) in f32.
 // Launch rules: adamw_step: ceil(n / 4 / 256) blocks of 256 threads. adamw_8bit_step: a warp takes a block of values, at most 4
 // blocks of 256 threads a multiprocessor; any other grid is right as well. squared_norm: always 1024 blocks of 256 threads, so
-// that the sum is the same on every device; squared_norm_finish: one block of 1024. any_not_finite: as squared_norm.
+// that the sum is the same on every device; squared_norm_finish: one block of 1024.
 // CPU twins: engine/src/ops/adamw.rs, engine/src/ops/adamw_8bit.rs. Sources: Loshchilov and Hutter, "Decoupled Weight Decay
 // Regularization", 2019; Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022.
 
@@ -306,15 +306,5 @@ extern "C" __global__ void __launch_bounds__(1024)
     sum = block_sum(sum);
     if (threadIdx.x == 0) {
         *norm = sqrt(sum);
-    }
-}
-
-// Sets flag to 1 where a value is infinite or NaN, and leaves it else.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    any_not_finite(int* __restrict__ flag, const float* __restrict__ x, size_t n) {
-    bool found = false;
-    for_each(x, n, [&](float value) { found |= !(fabsf(value) <= 3.402823466e38f); });
-    if (found) {
-        *flag = 1;
     }
 }

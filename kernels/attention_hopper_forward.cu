@@ -13,7 +13,7 @@
 // tiles[i] = (q_start, q_end, seq_start, seq_end): queries q_start..q_end of the sequence seq_start..seq_end, at most ROWS of
 // them and at least one, longest q_end - seq_start first (the order balances the blocks). Every query stands in one tile.
 //
-// Launch rule (the host's side: engine/src/ops/cuda.rs):
+// Launch rule (the host's side: engine/src/ops/cuda/attention.rs):
 //            ROWS   threads   dynamic shared bytes
 //   d128      128       384                 230656
 //   d64       192       512                 140544

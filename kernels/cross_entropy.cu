@@ -2,8 +2,8 @@
 //
 // For a token with label y: loss = log sum exp(z) - z_y, dz = scale * (softmax(z) - onehot(y)); correct where z_y is the largest of z.
 // A row whose label is not in [0, vocabulary) has loss 0 and gradient 0.
-// Shapes: logits, dlogits (rows, vocabulary); labels, loss_per_row, correct_per_row (rows). Logits in f32, or bf16 and then
-// overwritten by their gradient; exp in f32, sums in f32 by thread and then over the block.
+// Shapes: logits, dlogits (rows, vocabulary); labels, loss_per_row, correct_per_row (rows). Logits in f32
+// (the loss alone also of bf16 ones), dlogits in either; exp in f32, sums in f32 by thread and then over the block.
 // The first pass over a row finds its maximum and sum together, the second writes the gradient. What the block's dynamic shared
 // memory has room for is kept there in between, the rest is read again, the last read first: it is the likeliest to be in L2 still.
 // Launch rules: cross_entropy_*: a block of 1024 threads a row; any dynamic shared memory is right, all that a block may have is best.

@@ -30,7 +30,7 @@ pub struct BenchSpec {
     pub device: Device,
     /// Micro-steps that are timed, after those that warm up; an optimizer step follows every fourth.
     pub micro_steps: u32,
-    /// Whether dequantized projections stay in the GPU's memory, where they have room.
+    /// Whether dequantized projections stay in the GPU's memory, where they have room and no activation is computed again.
     pub dense_resident: bool,
     /// Most bytes of the GPU's memory that the run may take; `None`: what is free.
     pub memory_bytes: Option<u64>,

@@ -56,7 +56,7 @@ struct BenchTrainArgs {
     /// Micro-steps that are timed
     #[arg(long, value_name = "COUNT", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     micro_steps: u32,
-    /// Keep dequantized weights in the GPU's memory, where they have room
+    /// Keep dequantized weights in the GPU's memory, where they have room and no activation is computed again
     #[arg(long)]
     dense_resident: bool,
     /// Most of the GPU's memory that the run may take; without it what is free

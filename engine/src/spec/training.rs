@@ -47,12 +47,12 @@ pub enum Optimizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ComputeType {
-    /// bf16 where the processor multiplies it faster than f32 (AMD's with AVX512-BF16), else f32; decided once a run.
+    /// bf16 on a GPU, and where the processor multiplies it faster than f32 (AMD's with AVX512-BF16); else f32; decided once a run.
     #[default]
     Auto,
     /// As activations and dequantized weights are.
     F32,
-    /// Rounded to bf16; an error where the processor has no instructions for it.
+    /// Rounded to bf16; an error where the processor has no instructions for it. On a GPU activations are kept in it too.
     Bf16,
 }
 

@@ -35,7 +35,7 @@ pub struct Start<'a> {
     pub init_from: Option<PathBuf>,
     /// Data set that is evaluated every `eval_steps`, or at the end of each epoch, and at the run's end.
     pub validation: Option<&'a Dataset>,
-    /// Bytes that the LoRA's state and activations may take with `gradient_checkpointing: auto`; `None`: nine tenths of what is
+    /// On the CPU, bytes that the LoRA's state and activations may take with `gradient_checkpointing: auto`; `None`: nine tenths of what is
     /// free. Decided once a run: a checkpoint has it.
     pub memory_budget_bytes: Option<u64>,
     /// Longest time without a checkpoint; `None`: only the listed ones.

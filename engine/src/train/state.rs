@@ -84,7 +84,10 @@ impl State {
                 return Err(Error::Checkpoint(message.to_owned()));
             }
             let Header { kept_layers, compute, .. } = checkpoint.header;
-            let on = On::new(spec, model, &layout, (dataset, &start), (Some(kept_layers), compute))?;
+            // It changes no bit of the result: a GPU that has less room now keeps less.
+            let is_auto = spec.training.gradient_checkpointing == GradientCheckpointing::Auto;
+            let wanted = if is_auto && start.device != Device::Cpu { None } else { Some(kept_layers) };
+            let on = On::new(spec, model, &layout, (dataset, &start), (wanted, compute))?;
             let lora = LoraParams::new(layout, checkpoint.parameters.clone())?;
             let mut state = Self { checkpoint, lora, on };
             state.write_to_gpu()?;

@@ -1,7 +1,7 @@
 //! Attention on a GPU: the work lists of a micro-batch, and which kernels serve its sizes. CPU twin: `ops/attention.rs`.
 //!
 //! bf16 heads of 64 and 128 run on tensor cores: through wgmma on Hopper (kernels/attention_hopper_forward.cu and
-//! attention_hopper_backward.cu), through mma elsewhere (attention_mma.cu). All other sizes, and f32, run on attention.cu.
+//! attention_hopper_dq.cu, attention_hopper_dkdv.cu), through mma elsewhere (attention_mma.cu). All other sizes, and f32, run on attention.cu.
 //! All of them take the same work lists: tiles of (start, end, start of the sequence, end of the sequence), longest work first.
 
 use std::cmp::Reverse;
@@ -68,7 +68,7 @@ pub(crate) struct Gradients<'a> {
 /// A family of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Path {
-    /// attention_hopper_forward.cu, attention_hopper_backward.cu.
+    /// attention_hopper_forward.cu, attention_hopper_dq.cu, attention_hopper_dkdv.cu.
     Hopper,
     /// attention_mma.cu.
     Mma,

@@ -43,14 +43,10 @@ pub(crate) fn bench_train(spec: &BenchSpec) -> Result<Value> {
     let tokens = (spec.micro_batch_size * spec.max_seq_length) as usize;
     let setup = setup(spec, &shape, tokens);
     let model_bytes = gpu.allocated_bytes() - WORKSPACE_BYTES;
-    let kept_layers = match spec.gradient_checkpointing {
-        GradientCheckpointing::None => shape.layers,
-        GradientCheckpointing::Full => 0,
-        GradientCheckpointing::Auto => Trainer::choose_beside(&gpu, &model, &setup)?,
-    };
+    let kept_layers = Trainer::choose_beside(&gpu, &model, &setup)?;
     let dequantizes_head = model.lm_head().as_mat(Dtype::Bf16).is_none();
     let mut trainer = Trainer::with_model(Rc::clone(&gpu), model, &setup, kept_layers)?;
-    let estimated = setup.bytes(&Sizes::new(&shape, &setup.layout), model_bytes, dequantizes_head, kept_layers);
+    let estimated = WORKSPACE_BYTES + setup.bytes(&Sizes::new(&shape, &setup.layout), model_bytes, dequantizes_head, kept_layers);
     let used_bytes = gpu.used_bytes()?;
     trainer.write_parameters(&host(random_lora(&setup.layout)?.flat())?)?;
     let batch = batch(spec, shape.vocabulary);
@@ -76,7 +72,11 @@ fn setup(spec: &BenchSpec, shape: &Shape, tokens: usize) -> Setup {
         optimizer: Optimizer::AdamW,
         tokens,
         has_dropout: false,
-        kept_layers: None,
+        kept_layers: match spec.gradient_checkpointing {
+            GradientCheckpointing::None => Some(shape.layers),
+            GradientCheckpointing::Full => Some(0),
+            GradientCheckpointing::Auto => None,
+        },
         may_stay_dequantized: spec.dense_resident || spec.gradient_checkpointing == GradientCheckpointing::Auto,
         memory_bytes: spec.memory_bytes,
     }
@@ -237,10 +237,8 @@ fn report(
     let (trained, tokens) = (batch.trained_tokens() as f64, batch.tokens.len() as f64);
     // An optimizer step is the share of every micro-step that it serves.
     let optimizer_ms = median(times.optimizer_ms.clone());
-    let products = match spec.gradient_checkpointing {
-        GradientCheckpointing::Full => 6.0,
-        _ => 4.0,
-    };
+    // Forward and the gradient of each input, and forward once more in the layers that keep nothing.
+    let products = 6.0 - 2.0 * trainer.kept_layers() as f64 / shape.layers as f64;
     let projections: usize = Target::ALL.iter().map(|&target| shape.projection(target)).map(|(r, c)| r * c).sum();
     let parameters = (shape.layers * projections + shape.vocabulary * shape.hidden) as f64;
     let floor_ms = products * parameters * tokens / rates.matrix * 1e3;

@@ -1,6 +1,6 @@
 //! LoRA's own products on a GPU: tall matrices with narrow ones, each read once.
 //!
-//! What kernels/lora.cu and kernels/lora_gradient.cu say of shapes holds here; all sums of a launch are added in a fixed order.
+//! What kernels/lora.cu, lora_output.cu and lora_gradient.cu say of shapes holds here; all sums of a launch are added in a fixed order.
 
 use super::flat::{GROUP, of_type};
 use super::launch::Argument;
@@ -51,7 +51,7 @@ struct Parameters {
 // SAFETY: `repr(C)`, as the kernels have it.
 unsafe impl Argument for Parameters {}
 
-/// kernels/lora_gradient.cu holds the same struct.
+/// kernels/lora.cuh holds the same struct.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 struct GradientGroup {

@@ -416,7 +416,7 @@ impl Backward<'_, '_> {
                     weight_of_x.rows(sizes.outputs + place * rank, rank),
                 );
                 let through = self.parts.dropped(dx.columns);
-                pass.gpu.gemm("gemm lora dropout", through, Product::nn(du, a))?;
+                pass.gpu.gemm("lora dropout", through, Product::nn(du, a))?;
                 dropout::apply_add(pass.gpu, dx, through, &dropout)?;
             }
         }

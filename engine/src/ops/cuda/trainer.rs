@@ -73,10 +73,10 @@ impl Setup {
         8 * self.layout.len() + moments
     }
 
-    /// Bytes that a run with so many kept layers takes, none of whose weights stay dequantized.
+    /// Bytes that a run with so many kept layers takes beside the products' workspace, none of whose weights stay dequantized.
     pub(super) fn bytes(&self, sizes: &Sizes, model_bytes: usize, dequantizes_head: bool, kept_layers: usize) -> usize {
         let buffers = Buffers::bytes(sizes, self.need(dequantizes_head, kept_layers));
-        model_bytes + self.state_bytes() + buffers + WORKSPACE_BYTES + adamw::NORM_BYTES
+        model_bytes + self.state_bytes() + buffers + adamw::NORM_BYTES
     }
 }
 
@@ -90,7 +90,7 @@ fn dtype(compute: Compute) -> Dtype {
 /// Most bytes of a GPU's memory that a run of that model takes, none of whose weights stay dequantized.
 pub(crate) fn peak_bytes(model: &Llama, setup: &Setup, kept_layers: usize) -> u64 {
     let sizes = Sizes::new(&model.config().shape, &setup.layout);
-    setup.bytes(&sizes, model_bytes(model), dequantizes_head(model, setup.dtype()), kept_layers) as u64
+    (WORKSPACE_BYTES + setup.bytes(&sizes, model_bytes(model), dequantizes_head(model, setup.dtype()), kept_layers)) as u64
 }
 
 /// Blocks that keep their activations in so many bytes, `None` where not even a run that keeps none fits.
@@ -182,7 +182,8 @@ impl Trainer {
     ) -> Result<usize> {
         let sizes = Sizes::new(shape, &setup.layout);
         let free = gpu.memory()?.0.saturating_sub(SPARE_BYTES);
-        let budget = setup.memory_bytes.map_or(free, |bytes| free.min(bytes as usize));
+        let allowed = |bytes: u64| (bytes as usize).saturating_sub(gpu.allocated_bytes());
+        let budget = setup.memory_bytes.map_or(free, |bytes| free.min(allowed(bytes)));
         let bytes = |kept: usize| setup.bytes(&sizes, model_bytes, dequantizes_head, kept);
         let found = match setup.kept_layers {
             Some(kept) => Some(kept).filter(|&kept| bytes(kept) <= budget),
