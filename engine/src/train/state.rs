@@ -267,11 +267,9 @@ impl On {
         (kept_layers, compute): (Option<usize>, Compute),
     ) -> Result<Self> {
         let Device::Cuda(ordinal) = start.device else { return Ok(Self::Cpu(LoraParams::zeros(layout.clone())?)) };
-        let setup = Setup {
-            tokens: estimate::largest_micro_batch(spec, dataset, start.validation)?,
-            kept_layers,
-            ..Setup::of(spec, layout, compute, None)
-        };
+        let mut setup = Setup::of(spec, layout, compute, None);
+        setup.tokens = estimate::largest_micro_batch(spec, dataset, start.validation)?;
+        setup.kept_layers = kept_layers;
         Ok(Self::Gpu(Box::new(Trainer::new(ordinal, model, &setup)?)))
     }
 

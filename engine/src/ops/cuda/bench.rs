@@ -46,7 +46,8 @@ pub(crate) fn bench_train(spec: &BenchSpec) -> Result<Value> {
     let kept_layers = Trainer::choose_beside(&gpu, &model, &setup)?;
     let dequantizes_head = model.lm_head().as_mat(Dtype::Bf16).is_none();
     let mut trainer = Trainer::with_model(Rc::clone(&gpu), model, &setup, kept_layers)?;
-    let estimated = WORKSPACE_BYTES + setup.bytes(&Sizes::new(&shape, &setup.layout), model_bytes, dequantizes_head, kept_layers);
+    let estimated =
+        WORKSPACE_BYTES + setup.bytes(&Sizes::new(&shape, &setup.layout), model_bytes, dequantizes_head, kept_layers);
     let used_bytes = gpu.used_bytes()?;
     trainer.write_parameters(&host(random_lora(&setup.layout)?.flat())?)?;
     let batch = batch(spec, shape.vocabulary);

@@ -90,7 +90,8 @@ fn dtype(compute: Compute) -> Dtype {
 /// Most bytes of a GPU's memory that a run of that model takes, none of whose weights stay dequantized.
 pub(crate) fn peak_bytes(model: &Llama, setup: &Setup, kept_layers: usize) -> u64 {
     let sizes = Sizes::new(&model.config().shape, &setup.layout);
-    (WORKSPACE_BYTES + setup.bytes(&sizes, model_bytes(model), dequantizes_head(model, setup.dtype()), kept_layers)) as u64
+    (WORKSPACE_BYTES + setup.bytes(&sizes, model_bytes(model), dequantizes_head(model, setup.dtype()), kept_layers))
+        as u64
 }
 
 /// Blocks that keep their activations in so many bytes, `None` where not even a run that keeps none fits.
