@@ -128,12 +128,12 @@ impl Labels<'_> {
     }
 }
 
-/// y[i] = x[index[i]], for every row of y. Every number must be a row of x.
+/// `y[i] = x[index[i]]`, for every row of y. Every number must be a row of x.
 pub(crate) fn gather_rows(gpu: &Gpu, y: Mat<'_>, x: Mat<'_>, index: Labels<'_>) -> Result<()> {
     copy_rows(gpu, of_type(y.dtype, "gather_rows_bf16", "gather_rows_f32"), (y, x), index, y)
 }
 
-/// y[index[i]] = x[i], for every row of x. Every number must be a row of y, and none come twice.
+/// `y[index[i]] = x[i]`, for every row of x. Every number must be a row of y, and none come twice.
 pub(crate) fn scatter_rows(gpu: &Gpu, y: Mat<'_>, x: Mat<'_>, index: Labels<'_>) -> Result<()> {
     copy_rows(gpu, of_type(y.dtype, "scatter_rows_bf16", "scatter_rows_f32"), (y, x), index, x)
 }
