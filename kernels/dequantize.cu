@@ -10,7 +10,7 @@
 //   Q5_1    d, m, 32 fifth bits, 16 bytes of levels    v = d q + m
 //   Q8_0    d, 32 signed bytes                         v = d q
 //   IQ4_NL  d, 16 bytes of levels                      v = d LEVELS[q]
-// f32 results are the CPU's, bit for bit; bf16 ones are those rounded to nearest even.
+// f32 results are the CPU's, bit for bit but for the sign of a zero; bf16 ones are those rounded to nearest even.
 //
 // Launch rule: see dequantize.cuh. `blocks` is 16-byte aligned; columns are a multiple of the block, out_stride of 8.
 // CPU twin: engine/src/model/weights.rs. Source: the block structs of llama.cpp's ggml-common.h.

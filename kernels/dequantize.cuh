@@ -40,7 +40,7 @@ __device__ __forceinline__ uint2 shift_and_mask(uint2 bytes, int shift, uint32_t
     return make_uint2(bytes.x >> shift & mask, bytes.y >> shift & mask);
 }
 
-// v = scale (q - bias) + term for eight bytes q. A scale has 19 bits at most and a level 8, so that their product is exact in f32 and
+// v = scale (q - bias) or scale q + term for eight bytes q. A scale has 19 bits at most and a level 8, so that their product is exact in f32 and
 // one fused operation rounds as the CPU's two do.
 //
 // A float whose second byte from above is q < 128 below the bits of 128.0 is 128 + q; one whose third is q below those of 2^15 is
@@ -52,7 +52,8 @@ __device__ __forceinline__ void scale_bytes(uint2 bytes, float scale, float bias
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
         const uint32_t word = i < 4 ? bytes.x : bytes.y;
-        const uint32_t bits = WHOLE_BYTES ? __byte_perm(word, 0x47000000, 0x7604 | (i & 3) << 4) : __byte_perm(word, 0x43000000, 0x7054 | (i & 3) << 8);
+        const uint32_t bits = WHOLE_BYTES ? __byte_perm(word, 0x47000000, 0x7604 | (i & 3) << 4)
+                                          : __byte_perm(word, 0x43000000, 0x7054 | (i & 3) << 8);
         values[i] = fmaf(__uint_as_float(bits), scale, below);
     }
 }

@@ -9,7 +9,7 @@
 //   Q4_K  d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of levels           v = (d s) q - dmin m, runs of 32
 //   Q5_K  as Q4_K, with 32 bytes of fifth bits before the levels
 //   Q6_K  128 bytes of low and 64 of high bits, 16 signed scales, d                   v = (d s) (q - 32), runs of 16
-// f32 results are the CPU's, bit for bit; bf16 ones are those rounded to nearest even.
+// f32 results are the CPU's, bit for bit but for the sign of a zero; bf16 ones are those rounded to nearest even.
 //
 // Launch rule: see dequantize.cuh. `blocks` is 16-byte aligned; columns are a multiple of 256, out_stride of 8.
 // CPU twin: engine/src/model/weights.rs. Source: the block structs of llama.cpp's ggml-common.h.

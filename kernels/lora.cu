@@ -232,10 +232,11 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 
 }  // namespace
 
-// u (tokens, width) = x a^T, to `u` and, where it is not null, to `u_kept`. x (tokens, columns); a (width, columns): the bottom rows of w_ext;
-// width = P R, a multiple of 8.
+// u (tokens, width) = x a^T, to `u` and, where it is not null, to `u_kept`. x (tokens, columns); a (width, columns): the bottom rows of
+// w_ext; width = P R, a multiple of 8.
 // partials (tiles, parts, TILE, 8 groups) f32, with anything in it.
-// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, tiles = ceil(tokens / TILE) * passes;
+// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12,
+// tiles = ceil(tokens / TILE) * passes, parts of every tile's sum any number;
 // grid (parts, tiles), block (256), shared bytes STAGES * 144 * (TILE + 8 * groups).
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_u_bf16(bf16* u, long long u_stride, bf16* u_kept, long long kept_stride, const bf16* x, long long x_stride, const bf16* a,

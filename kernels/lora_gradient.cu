@@ -22,8 +22,8 @@ struct Product {
     int tokens;
 };
 
-// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to its
-// part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
+// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to
+// its part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
 template <int GROUPS, bool BY_RANK>
 __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* partials, int width) {
     extern __shared__ __align__(128) uint8_t shared[];

@@ -103,9 +103,14 @@ fn parts_of_strips(strips: usize) -> usize {
     2 * parts_of(strips)
 }
 
+/// Whether a block may have 163 KiB of shared memory, not 99.
+fn has_large_shared(gpu: &Gpu) -> bool {
+    !(gpu.capability.0 == 8 && gpu.capability.1 > 0)
+}
+
 /// Steps that are on their way at a time; kernels/lora.cuh names them too.
 fn stages(gpu: &Gpu) -> usize {
-    if gpu.capability.0 == 8 && gpu.capability.1 > 0 { 3 } else { 4 }
+    if has_large_shared(gpu) { 4 } else { 3 }
 }
 
 /// 16-byte units of a row in shared memory.
@@ -125,14 +130,15 @@ pub(crate) fn partial_values(sizes: &Sizes, tokens: usize) -> usize {
         let u = all.most_partial_values(tokens.div_ceil(TILE).max(of.inputs.div_ceil(TILE)));
         // One tile more a projection, which may begin within one.
         let tiles = |width: usize| (of.outputs + projections * GROUP).div_ceil(width) + projections;
-        let outputs = if sizes.padded_rank > MAX_RANK_OF_ONE_PASS {
-            rank.most_partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)))
+        let apart = rank.most_partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)));
+        let together = if sizes.padded_rank > MAX_RANK_OF_ONE_PASS {
+            0
         } else {
             let strips = tiles(STRIP);
             let parts = (strips * parts_of_strips(strips)).max(2 * BLOCKS);
             (strips * tokens + parts * STRIP) * width_of_one_pass(sizes.padded_rank)
         };
-        u.max(outputs)
+        u.max(apart).max(together)
     };
     Group::ALL.into_iter().map(of_group).max().unwrap_or(0)
 }
@@ -239,7 +245,7 @@ pub(crate) fn backward_outputs(
         assert!(fits, "lora db: {gradient:?} of {columns} outputs");
         *place = columns as i32;
     }
-    if dy.dtype == Dtype::F32 || padded_rank > MAX_RANK_OF_ONE_PASS {
+    if dy.dtype == Dtype::F32 || padded_rank > MAX_RANK_OF_ONE_PASS || !has_large_shared(gpu) {
         du_of(gpu, partials, du, outputs)?;
         return db_of(gpu, partials, &group, outputs);
     }
