@@ -9,7 +9,7 @@ use std::process::Command;
 const ARCHITECTURES: &str = "80,89,90a";
 
 fn main() {
-    for name in ["CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH", "LORAD_SKIP_KERNELS"] {
+    for name in ["CUDA_COMPUTE_CAP", "CUDA_HOME", "CUDA_PATH", "LORAD_SKIP_KERNELS", "NVCC_APPEND_FLAGS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
@@ -59,7 +59,8 @@ fn architectures() -> Vec<String> {
 /// Compiles what is older than its source or a header, as many at once as cargo allows.
 fn compile(sources: &[PathBuf], out: &Path, architectures: &[String]) {
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize).max(1);
-    let stamp = architectures.join(",");
+    // nvcc takes its own variable too.
+    let stamp = format!("{} {:?}", architectures.join(","), std::env::var_os("NVCC_APPEND_FLAGS"));
     let stale: Vec<&PathBuf> = sources.iter().filter(|source| is_stale(source, out, &stamp)).collect();
     for some in stale.chunks(jobs) {
         let running: Vec<_> = some.iter().map(|source| (source, start(source, out, architectures))).collect();

@@ -11,7 +11,7 @@
 // A block of either is a warpgroup that loads and two that compute. The tile of its work item stays in shared memory while
 // tiles of 64 rows are streamed past it through a ring of slots, each with a barrier `full` and a barrier `empty`.
 //
-// -DEVERY_LANE_ARRIVES: each computing lane arrives, not one a warp; for racecheck, which misses that __syncwarp orders the others.
+// -DEVERY_LANE_ARRIVES: every computing lane arrives on `empty`, not one a warp: slower, for racecheck, which sees no order else.
 //
 // CPU twin: engine/src/ops/attention.rs
 // Source: Dao, "FlashAttention-2" (2023), section 3.1.2; Shah et al., "FlashAttention-3" (2024), for the use of wgmma.
@@ -244,13 +244,13 @@ struct Barriers {
     }
 };
 
-// By a computing warp. Its lanes passed a __syncwarp after their last read of what the barrier guards, so that these reads are
-// ordered before the arrival of one lane; where only products read it, the wait for them is enough. The __syncwarp is not in
-// here because in the middle of a step of dkdv it cost 3 to 10 % at D = 128 (H100).
+// By all lanes of a computing warp, once they have read what the barrier guards. __syncwarp orders the reads of all lanes before
+// the arrival of one, and keeps that one from a next phase that the others would miss.
 __device__ __forceinline__ void arrive_of_warp(uint32_t barrier) {
 #ifdef EVERY_LANE_ARRIVES
     mbarrier_arrive(barrier);
 #else
+    __syncwarp();
     if (threadIdx.x % 32 == 0) {
         mbarrier_arrive(barrier);
     }

@@ -236,8 +236,6 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
                 pack_bf16(low_half(p_below) * (dp[i + 2] - row.x), high_half(p_below) * (dp[i + 3] - row.y));
         }
         hold(ds_operand);
-        // All lanes have read lse and delta: see arrive_of_warp.
-        __syncwarp();
         hold(dk);
         wgmma_fence();
         product_ab<D>(dk, ds_operand, at_q);
@@ -280,8 +278,6 @@ __device__ __forceinline__ void backward_dkdv(const CUtensorMap* map_q, const CU
     }
     for (int i = seen_steps; i < steps; i++) {
         mbarrier_wait(barriers.full(ring.slot), ring.parity);
-        // Else a lane might wait so late that the slot is full again.
-        __syncwarp();
         arrive_of_warp(barriers.empty(ring.slot));
         ring.next();
     }

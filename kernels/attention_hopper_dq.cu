@@ -180,7 +180,6 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
                 delta[at + 8 * i] = row_delta[i];
             }
         }
-        __syncwarp();
         // The next tile may come in while this one is worked on.
         arrive_of_warp(barriers.tile_empty());
 
@@ -242,8 +241,6 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
         arrive_of_warp(barriers.empty(held));
         for (int step = seen_steps; step < steps; step++) {
             mbarrier_wait(barriers.full(ring.slot), ring.parity);
-            // Else a lane might wait so late that the slot is full again.
-            __syncwarp();
             arrive_of_warp(barriers.empty(ring.slot));
             ring.next();
             wait_for_turn();

@@ -129,7 +129,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
     const uint32_t base = shared_address(shared);
     const bool small_aligned = is_aligned(product.small);
     // The blocks of a tile take turns, so that together they read long runs of a row.
-    const int all_steps = (end_column - product.first_column + STEP - 1) / STEP, steps = (all_steps - own_part() + parts() - 1) / parts();
+    const int all_steps = (end_column - product.first_column + STEP - 1) / STEP, steps = (all_steps - own_part() + SPLIT - 1) / SPLIT;
 
     // A thread copies one unit of every ROWS_AT_ONCE-th row. Rows beyond the last are copies of it: their results are not written.
     const int own_unit = thread % UNITS, own_row = thread / UNITS;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
     }
     const auto load_step = [&](int step) {
         const uint32_t stage = base + step % STAGES * STAGE_BYTES, stage_small = stage + 16 * TILE * TALL_UNITS;
-        const int column = product.first_column + (step * parts() + own_part()) * STEP, left = end_column - column - own_unit * GROUP;
+        const int column = product.first_column + (step * SPLIT + own_part()) * STEP, left = end_column - column - own_unit * GROUP;
 #pragma unroll
         for (int i = 0; i < TILE / ROWS_AT_ONCE; i++) {
             const int row = own_row + i * ROWS_AT_ONCE;
@@ -218,13 +218,13 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
         *reinterpret_cast<float2*>(part + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
         *reinterpret_cast<float2*>(part + group * GROUP + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
     }
-    if (!is_last_of_tile()) {
+    if (!is_last_of_tile<SPLIT>()) {
         return;
     }
     for (int i = thread; i < TILE * GROUPS; i += LORA_THREADS) {
         const int row = i / GROUPS, column = i % GROUPS * GROUP, at = row * WIDTH + column;
         if (first_row + row < product.tokens && column < width) {
-            const float4 low = total(partials, at, TILE * WIDTH), high = total(partials, at + 4, TILE * WIDTH);
+            const float4 low = total<SPLIT>(partials, at, TILE * WIDTH), high = total<SPLIT>(partials, at + 4, TILE * WIDTH);
             write(places, first_row + row, column, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
         }
     }
@@ -232,12 +232,11 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 
 }  // namespace
 
-// u (tokens, width) = x a^T, to `u` and, where it is not null, to `u_kept`. x (tokens, columns); a (width, columns): the bottom rows of
-// w_ext; width = P R, a multiple of 8.
-// partials (tiles, parts, TILE, 8 groups) f32, with anything in it.
-// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12,
-// tiles = ceil(tokens / TILE) * passes, parts of every tile's sum any number;
-// grid (parts, tiles), block (256), shared bytes STAGES * 144 * (TILE + 8 * groups).
+// u (tokens, width) = x a^T, to `u` and, where it is not null, to `u_kept`. x (tokens, columns); a (width, columns): the bottom rows of w_ext;
+// width = P R, a multiple of 8.
+// partials (tiles, SPLIT, TILE, 8 groups) f32, with anything in it.
+// Launch rule: passes = ceil(width / 96), groups = ceil(width / 8 / passes) rounded up to 2, 4, 6, 8 or 12, tiles = ceil(tokens / TILE) * passes;
+// grid (SPLIT, tiles), block (256), shared bytes STAGES * 144 * (TILE + 8 * groups).
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_u_bf16(bf16* u, long long u_stride, bf16* u_kept, long long kept_stride, const bf16* x, long long x_stride, const bf16* a,
                 long long a_stride, float* partials, int tokens, int columns, int width) {

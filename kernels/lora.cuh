@@ -1,9 +1,8 @@
 // What lora.cu, lora_gradient.cu and lora_output.cu share: the structs of a group, and the pipeline from device memory to the tensor cores.
 //
-// Both kinds of product stream a tall matrix once. The blocks of a row of the grid share a tile of the result, each with a part of the sum;
-// the last one to arrive adds the parts in their order, so that the result is the same in every run. (Clusters would add them without
-// device memory. But an H100 takes 30 clusters of four blocks at a time where each fills a processor, so that the 32 tiles of 4096 tokens
-// took two turns: measured.)
+// Both kinds of product stream a tall matrix once. SPLIT blocks share a tile of the result, each with a part of the sum; the last one to
+// arrive adds the parts in their order, so that the result is the same in every run. (Clusters would add them without device memory. But
+// an H100 takes 30 clusters of four such blocks at a time, so that the 32 tiles of 4096 tokens took two turns: measured.)
 
 #pragma once
 
@@ -11,6 +10,8 @@
 
 // engine/src/ops/cuda/lora.rs names all of these too.
 constexpr int MAX_PROJECTIONS = 3;
+// Blocks that share a tile of the result.
+constexpr int SPLIT = 4;
 // Rows (or columns) of the tall matrix in a tile.
 constexpr int TILE = 128;
 // Depth of a step of the sum, and steps that are on their way at a time.
@@ -92,22 +93,22 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left
 // Blocks of each tile that have left their part: 0 before and after every launch.
 __device__ int arrivals[MAX_TILES];
 
-// Which part of the tile's sum this block has, and how many there are.
+// Which part of the tile's sum this block has.
 __device__ __forceinline__ int own_part() { return blockIdx.x; }
-__device__ __forceinline__ int parts() { return gridDim.x; }
 
 // Where that part is left: `values` floats, a multiple of 4.
 __device__ __forceinline__ float* part_of_tile(float* partials, int part, int values) {
-    return partials + (size_t(blockIdx.y) * parts() + part) * values;
+    return partials + (size_t(blockIdx.y) * SPLIT + part) * values;
 }
 
-// Whether this block is the last of its tile to get here; it sees what all have written before.
+// Whether this block is the last of the BLOCKS of its tile to get here; it sees what all have written before.
+template <int BLOCKS>
 __device__ __forceinline__ bool is_last_of_tile() {
     __shared__ bool is_last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(&arrivals[blockIdx.y], 1) == parts() - 1;
+        is_last = atomicAdd(&arrivals[blockIdx.y], 1) == BLOCKS - 1;
         if (is_last) {
             arrivals[blockIdx.y] = 0;
         }
@@ -118,16 +119,20 @@ __device__ __forceinline__ bool is_last_of_tile() {
 }
 
 // Four neighbouring values of a tile, summed over its parts in their order.
+template <int PARTS>
 __device__ __forceinline__ float4 total(const float* partials, int at, int values) {
-    const float* from = partials + size_t(blockIdx.y) * parts() * values + at;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (int part = 0; part < parts(); part++) {
-        const float4 term = __ldcg(reinterpret_cast<const float4*>(from + size_t(part) * values));
-        sum.x += term.x;
-        sum.y += term.y;
-        sum.z += term.z;
-        sum.w += term.w;
+    float4 parts[PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        parts[part] = __ldcg(reinterpret_cast<const float4*>(partials + (size_t(blockIdx.y) * PARTS + part) * values + at));
+    }
+    float4 sum = parts[0];
+#pragma unroll
+    for (int part = 1; part < PARTS; part++) {
+        sum.x += parts[part].x;
+        sum.y += parts[part].y;
+        sum.z += parts[part].z;
+        sum.w += parts[part].w;
     }
     return sum;
 }

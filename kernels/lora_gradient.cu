@@ -22,8 +22,8 @@ struct Product {
     int tokens;
 };
 
-// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to
-// its part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
+// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to its
+// part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
 template <int GROUPS, bool BY_RANK>
 __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* partials, int width) {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -34,7 +34,7 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
     const uint32_t base = shared_address(shared);
     const bool small_aligned = is_aligned(product.small);
     const int all_steps = (product.tokens + STEP - 1) / STEP;
-    const int begin = all_steps * own_part() / parts(), end = all_steps * (own_part() + 1) / parts();
+    const int begin = all_steps * own_part() / SPLIT, end = all_steps * (own_part() + 1) / SPLIT;
 
     const int own_unit = thread % UNITS, own_row = thread / UNITS;
     const int column = product.first_column + own_unit * GROUP;
@@ -110,7 +110,7 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
             *reinterpret_cast<float2*>(part + (c + 8) * GROUPS * GROUP + r) = make_float2(sums[group][2], sums[group][3]);
         }
     }
-    return is_last_of_tile();
+    return is_last_of_tile<SPLIT>();
 }
 
 // dB of a tile of columns, from rank `pass.first` on: `gradient` is the row of column 0.
@@ -126,7 +126,7 @@ __device__ __forceinline__ void add_db(float* gradient, int rank, float scale, c
         if (column < first_output || column >= product.end_column || r >= pass.width || left <= 0) {
             continue;
         }
-        const float4 sum = total(partials, c * WIDTH + r, TILE * WIDTH);
+        const float4 sum = total<SPLIT>(partials, c * WIDTH + r, TILE * WIDTH);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = gradient + size_t(column - first_output) * rank + pass.first + r;
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
         if (group.gradient[p] == nullptr || row >= group.rank[p] || column >= columns) {
             continue;
         }
-        const float4 sum = total(partials, r * TILE + c, TILE * GROUPS * GROUP);
+        const float4 sum = total<SPLIT>(partials, r * TILE + c, TILE * GROUPS * GROUP);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = group.gradient[p] + size_t(row) * columns + column;
         if (column + 4 <= columns && is_aligned(to)) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void add_da(const LoraGradient& group, const Product&
 // dB_p += s_p dy_p^T u_p. dy (tokens, N); u (tokens, P R), projection p from column p * padded_rank on.
 // partials, passes and groups as for lora_u_bf16 with width = padded_rank.
 // Launch rule: a projection whose outputs are columns f .. l of dy has ceil((l - f / 8 * 8) / TILE) tiles a pass;
-// grid (parts, tiles of all projections), block (256), shared bytes STAGES * 1024 * (18 + groups).
+// grid (SPLIT, tiles of all projections), block (256), shared bytes STAGES * 1024 * (18 + groups).
 extern "C" __global__ void __launch_bounds__(LORA_THREADS, 2)
     lora_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
                  float* partials, int tokens, int padded_rank) {

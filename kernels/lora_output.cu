@@ -1,15 +1,16 @@
-// du and dB of a group of projections in one pass over dy, for ranks up to 32 (names and shapes as in lora.cu).
+// du and dB of a group of projections in one pass over dy, for ranks up to 32, where a block may have 154 KB of shared memory (names and shapes as in lora.cu).
 //
 //   du_p (T, R) = dy_p (s_p B_p)        dB_p (N_p, rank) += s_p dy_p^T u_p
-// A block has a strip of 256 columns of dy and a part of the tokens. Of each tile of 64 tokens it takes its part of dB's sum, and
+// A block has a strip of 256 columns of dy and an eighth of the tokens. Of each tile of 64 tokens it takes its part of dB's sum, and
 // du's sum over its strip, which it leaves in device memory: 4 / 512 of dy's bytes a column of u. lora_du_sum_bf16 adds the strips.
 //
 // CPU twin: engine/src/model/linear.rs. Source: LoRA (2106.09685).
 
 #include "lora.cuh"
 
-// Columns of a strip, and steps that are on their way at a time; engine/src/ops/cuda/lora.rs names them too.
-constexpr int STRIP = 256, OUTPUT_STAGES = 3;
+// Columns of a strip, and blocks that share its tokens; engine/src/ops/cuda/lora.rs names them too.
+constexpr int STRIP = 256, SHARES = 8;
+constexpr int OUTPUT_STAGES = 3;
 // 8 warps: 32 columns each for dB; 16 tokens and half of the strip each for du.
 constexpr int OUTPUT_THREADS = 8 * WARP;
 static_assert(STRIP == 8 * 32 && STEP == 4 * 16, "what the warps have");
@@ -53,7 +54,7 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
     // The second halves of du, double-buffered.
     float4* halves = reinterpret_cast<float4*>(shared + OUTPUT_STAGES * STAGE_BYTES + 16 * STRIP * SMALL_UNITS);
     const int all_steps = (tokens + STEP - 1) / STEP;
-    const int begin = all_steps * own_part() / parts(), end = all_steps * (own_part() + 1) / parts();
+    const int begin = all_steps * blockIdx.x / SHARES, end = all_steps * (blockIdx.x + 1) / SHARES;
     u += strip.projection * padded_rank;
     sb += strip.projection * padded_rank;
     const bool u_aligned = is_aligned(u), sb_aligned = is_aligned(sb);
@@ -195,7 +196,7 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
     if (group.gradient[strip.projection] == nullptr) {
         return;
     }
-    float* part = part_of_tile(partials, own_part(), STRIP * WIDTH) + (warp * 32 + lane / 4) * WIDTH + lane % 4 * 2;
+    float* part = partials + (size_t(blockIdx.y) * SHARES + blockIdx.x) * STRIP * WIDTH + (warp * 32 + lane / 4) * WIDTH + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -205,7 +206,7 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
             *reinterpret_cast<float2*>(to + 8 * WIDTH) = make_float2(sums[m][g][2], sums[m][g][3]);
         }
     }
-    if (!is_last_of_tile()) {
+    if (!is_last_of_tile<SHARES>()) {
         return;
     }
     const int rank = group.rank[strip.projection];
@@ -215,7 +216,7 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
         if (output < strip.first_output || output >= strip.end_output || count <= 0) {
             continue;
         }
-        const float4 sum = total(partials, c * WIDTH + r, STRIP * WIDTH);
+        const float4 sum = total<SHARES>(partials, c * WIDTH + r, STRIP * WIDTH);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
         float* to = group.gradient[strip.projection] + size_t(output - strip.first_output) * rank + r;
 #pragma unroll
@@ -233,11 +234,10 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
 
 // dB_p += s_p dy_p^T u_p, and du by strips to du_partials. dy (tokens, N); u (tokens, P R); sb (N, P R): the top right of w_ext.
 // padded_rank is a multiple of 8, 32 at most; width is it rounded up to 16 or 32.
-// du_partials (strips, tokens, width); partials (strips, parts, STRIP, width).
+// du_partials (strips, tokens, width); partials (strips, SHARES, STRIP, width).
 // Launch rule: a projection whose outputs are columns f .. l of dy has ceil((l - f / 8 * 8) / STRIP) strips;
-// grid (parts, strips of all projections), block (256),
-// shared bytes 16 * (3 * 64 * (33 + (width / 8 | 1)) + 256 * (width / 8 | 1) + 32 * width): more than compute capability 8.9 has.
-extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, 1)
+// grid (SHARES, strips of all projections), block (256), shared bytes 16 * (3 * 64 * (33 + (width / 8 | 1)) + 256 * (width / 8 | 1) + 32 * width).
+extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     lora_du_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
                     const bf16* sb, long long sb_stride, float* du_partials, float* partials, int tokens, int padded_rank) {
     if (padded_rank <= 16) {

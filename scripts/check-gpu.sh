@@ -37,7 +37,7 @@ kill_worker_after() {
         sleep 0.1
         step=$(api "/v1/fine_tuning/jobs/$job/metrics" | python3 -c 'import json, sys; print(max([0] + [row["step"] for row in json.load(sys.stdin)["data"]]))')
     done
-    pids=$(pgrep -f "^(/proc/self/exe|$lorad) worker" || true)
+    pids=$(pgrep -P "$server_pid" -f ' worker' || true)
     [ -n "$pids" ] || fail "the job has no worker to kill"
     # shellcheck disable=SC2086 # one argument a process
     kill -9 $pids

@@ -53,7 +53,20 @@ impl TryFrom<String> for Device {
     }
 }
 
-pub use crate::ops::cuda::{CudaDevice, devices as cuda_devices};
+/// A GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CudaDevice {
+    /// Its number, as in `cuda:0`: as CUDA counts those that `CUDA_VISIBLE_DEVICES` leaves.
+    pub ordinal: usize,
+    /// The maker's name.
+    pub name: String,
+    /// Bytes of its memory.
+    pub total_bytes: u64,
+    /// Compute capability, 9.0 for one as (9, 0).
+    pub compute_capability: (i32, i32),
+}
+
+pub use crate::ops::cuda::devices as cuda_devices;
 
 #[cfg(test)]
 mod tests {

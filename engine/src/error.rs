@@ -52,9 +52,9 @@ pub enum Error {
     #[error("GPU: {0}")]
     Device(String),
     /// The GPU's memory is too small for what was asked.
-    #[error("out of GPU memory: {needed_bytes} more bytes are needed, {free_bytes} are free")]
+    #[error("out of GPU memory: {} MiB are needed, {} MiB are free", needed_bytes.div_ceil(1 << 20), free_bytes >> 20)]
     DeviceMemory {
-        /// Bytes that were asked for.
+        /// Bytes that were asked for, by the run or by a part of it; 0 where the driver does not say.
         needed_bytes: u64,
         /// Bytes that were free then.
         free_bytes: u64,

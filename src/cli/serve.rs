@@ -92,7 +92,7 @@ Settings, as in lorad.toml (`listen` of [server] is LORAD__SERVER__LISTEN in the
   stall_seconds = 3600           how long a worker may make no progress
   checkpoint_seconds = 60        longest time between two checkpoints to resume from
   pause_seconds = 60             how long a training may take to end its step and save, when paused or the server stops
-  memory_bytes = 0               memory that a training may have; 0: all that there is
+  memory_bytes = 0               memory of this machine that a training on the CPU may have; 0: all that there is
   threads = 0                    threads of a worker's arithmetic; 0: one per processor
   executable = \"FILE\"            program that is started as a worker; default: this one
   [models]

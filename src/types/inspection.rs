@@ -249,9 +249,10 @@ pub struct Estimate {
     pub peak_device_bytes: Option<u64>,
     /// Memory that the GPU has, in bytes; null on the CPU.
     pub device_total_bytes: Option<u64>,
-    /// Least memory that these settings can do with: below peak_host_bytes where `gradient_checkpointing` is `auto`.
+    /// Least memory of the device, this machine's for the CPU, that these settings can do with: below the peak where
+    /// `gradient_checkpointing` is `auto`.
     pub least_bytes: u64,
-    /// Memory that a training may have on this machine.
+    /// Memory of the device that a training may have.
     pub memory_bytes: u64,
     /// Whether least_bytes is within it.
     pub fits: bool,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::adapter::LoraLayout;
 use crate::bench::BenchSpec;
 use crate::data::MicroBatch;
-use crate::device::Device;
-use crate::model::{Llama, MicroStep};
+use crate::device::{CudaDevice, Device};
+use crate::model::{Llama, MicroStep, Shape};
 use crate::ops::adamw::Update;
 use crate::ops::adamw_8bit::Moments as EightBitMoments;
 use crate::ops::cross_entropy::Loss;
@@ -15,19 +15,6 @@ use crate::spec::TrainSpec;
 use crate::{Error, Result};
 
 const WITHOUT: &str = "this build is without the feature `cuda`";
-
-/// A GPU of this machine.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct CudaDevice {
-    /// Its number, as in `cuda:0`.
-    pub ordinal: usize,
-    /// The maker's name.
-    pub name: String,
-    /// Bytes of its memory.
-    pub total_bytes: u64,
-    /// Compute capability, 9.0 for one as (9, 0).
-    pub compute_capability: (i32, i32),
-}
 
 /// Every GPU that this build can use, or why there is none.
 pub fn devices() -> Result<Vec<CudaDevice>, String> {
@@ -55,6 +42,11 @@ impl Setup {
     pub(crate) fn of(_: &TrainSpec, _: &Arc<LoraLayout>, _: Compute, _: Option<u64>) -> Self {
         Self { tokens: 0, kept_layers: None }
     }
+}
+
+/// As in `cuda`.
+pub(crate) fn check(_: &Shape) -> Result<()> {
+    Ok(())
 }
 
 /// Most bytes of a GPU's memory that a run takes: no build without CUDA finds a GPU to ask this of.

@@ -30,6 +30,17 @@ pub enum GradientCheckpointing {
     Full,
 }
 
+impl GradientCheckpointing {
+    /// How many of so many layers keep their activations; `None` for `auto`: as many as there is room for.
+    pub fn kept_layers(self, layers: usize) -> Option<usize> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(layers),
+            Self::Full => Some(0),
+        }
+    }
+}
+
 /// The optimizer over the LoRA parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -98,6 +98,7 @@ fn kilobytes(text: &str, name: &str) -> u64 {
 }
 
 /// Memory of a GPU that is left to its driver.
+/// More than a run leaves free on the card itself (`SPARE_BYTES` of ops/cuda/trainer.rs): the driver's own part is not known here.
 const OF_THE_DRIVER: u64 = 1 << 30;
 
 /// Bytes of a GPU's memory that a run may have, and all that it has; `None` for the CPU.
@@ -122,11 +123,8 @@ fn on_gpu(
 ) -> Result<(usize, u64)> {
     let compute = super::state::compute(spec.training.compute, device)?;
     let setup = Setup { tokens: tokens as usize, ..Setup::of(spec, layout, compute, None) };
-    let kept_layers = match spec.training.gradient_checkpointing {
-        GradientCheckpointing::None => model.config().shape.layers,
-        GradientCheckpointing::Full => 0,
-        GradientCheckpointing::Auto => cuda::kept_layers_within(model, &setup, usable).unwrap_or(0),
-    };
+    let asked = spec.training.gradient_checkpointing.kept_layers(model.config().shape.layers);
+    let kept_layers = asked.or_else(|| cuda::kept_layers_within(model, &setup, usable)).unwrap_or(0);
     let least = cuda::peak_bytes(model, &setup, kept_layers);
     Ok((kept_layers, least + cuda::resident_bytes_within(model, &setup, kept_layers, usable.saturating_sub(least))))
 }
@@ -196,7 +194,9 @@ pub fn measure_rate(spec: &TrainSpec, model: &Llama, dataset: &Dataset, device: 
     let dropout = Dropout::new(spec.lora.dropout, &[spec.seed]);
     let compute = super::state::compute(spec.training.compute, device)?;
     if let Device::Cuda(ordinal) = device {
-        let setup = Setup { tokens: batch.tokens.len(), ..Setup::of(spec, &layout, compute, None) };
+        let mut setup = Setup::of(spec, &layout, compute, None);
+        setup.tokens = batch.tokens.len();
+        setup.kept_layers = spec.training.gradient_checkpointing.kept_layers(model.config().shape.layers);
         let mut trainer = Trainer::new(ordinal, model, &setup)?;
         trainer.write_parameters(&host(lora.flat())?)?;
         let step = MicroStep { scale: 1.0, kept_layers: trainer.kept_layers(), dropout, compute };

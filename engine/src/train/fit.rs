@@ -59,6 +59,9 @@ pub fn fit(
 ) -> Result<Fit> {
     let host = HostMemory::now()?;
     let compute = state::compute(spec.training.compute, device)?;
+    if device != Device::Cpu {
+        cuda::check(&model.config().shape)?;
+    }
     let rows = Rows {
         shape: &model.config().shape,
         training: lengths_of(dataset)?,
@@ -111,8 +114,8 @@ impl Rows<'_> {
         if let Some((model, compute)) = self.on_gpu {
             let setup =
                 Setup { tokens: work.largest_micro_batch() as usize, ..Setup::of(spec, &layout, compute, None) };
-            let keeps_all = spec.training.gradient_checkpointing == GradientCheckpointing::None;
-            return cuda::peak_bytes(model, &setup, if keeps_all { self.shape.layers } else { 0 });
+            let kept_layers = spec.training.gradient_checkpointing.kept_layers(self.shape.layers);
+            return cuda::peak_bytes(model, &setup, kept_layers.unwrap_or(0));
         }
         let need = Need::of(spec, self.shape, &work, &layout);
         let state = need.state(Moments::size_bytes(spec.training.optimizer, &layout));

@@ -73,7 +73,7 @@ impl State {
         run: &str,
     ) -> Result<Self> {
         let layout = LoraLayout::new(&spec.lora, &model.config().shape);
-        if let Some(checkpoint) = start.resume.take() {
+        if let Some(mut checkpoint) = start.resume.take() {
             if checkpoint.header.run != run || !checkpoint.fits(&layout) {
                 let message = "it belongs to a run with another specification, model or data set";
                 return Err(Error::Checkpoint(message.to_owned()));
@@ -84,10 +84,18 @@ impl State {
                 return Err(Error::Checkpoint(message.to_owned()));
             }
             let Header { kept_layers, compute, .. } = checkpoint.header;
-            // It changes no bit of the result: a GPU that has less room now keeps less.
+            // It changes no bit of the result: who has less room now keeps less.
             let is_auto = spec.training.gradient_checkpointing == GradientCheckpointing::Auto;
-            let wanted = if is_auto && start.device != Device::Cpu { None } else { Some(kept_layers) };
+            let wanted = match (is_auto, start.device) {
+                (false, _) => Some(kept_layers),
+                (true, Device::Cuda(_)) => None,
+                (true, Device::Cpu) => {
+                    let room = estimate::kept_layers(spec, model, dataset, start.memory_budget_bytes)?;
+                    Some(kept_layers.min(room))
+                }
+            };
             let on = On::new(spec, model, &layout, (dataset, &start), (wanted, compute))?;
+            checkpoint.header.kept_layers = on.kept_layers().or(wanted).unwrap_or(kept_layers);
             let lora = LoraParams::new(layout, checkpoint.parameters.clone())?;
             let mut state = Self { checkpoint, lora, on };
             state.write_to_gpu()?;
@@ -96,11 +104,7 @@ impl State {
         let compute = compute(spec.training.compute, start.device)?;
         let wanted = match start.device {
             Device::Cpu => Some(estimate::kept_layers(spec, model, dataset, start.memory_budget_bytes)?),
-            Device::Cuda(_) => match spec.training.gradient_checkpointing {
-                GradientCheckpointing::None => Some(model.config().shape.layers),
-                GradientCheckpointing::Full => Some(0),
-                GradientCheckpointing::Auto => None,
-            },
+            Device::Cuda(_) => spec.training.gradient_checkpointing.kept_layers(model.config().shape.layers),
         };
         let on = On::new(spec, model, &layout, (dataset, &start), (wanted, compute))?;
         let kept_layers = on.kept_layers().or(wanted).unwrap_or(0);

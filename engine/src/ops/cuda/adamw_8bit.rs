@@ -71,6 +71,17 @@ impl DeviceMoments {
         })
     }
 
+    /// Copies moments of the same tensors to the GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver refuses.
+    pub(crate) fn write(&self, moments: &Moments, tensors: &[Range<usize>]) -> Result<()> {
+        assert!(moments.fit(tensors), "adamw_8bit: moments of other tensors");
+        self.codes.write(0, &moments.codes)?;
+        self.factors.write(0, &moments.factors)?;
+        self.small.write(0, &moments.small)
+    }
+
     /// Copies them back, once the GPU has come so far.
     ///
     /// # Errors

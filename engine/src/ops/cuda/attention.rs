@@ -15,7 +15,7 @@ use crate::Result;
 use crate::ops::attention::check_sequences;
 
 /// Largest head that attention.cu takes.
-const MAX_HEAD_DIM: usize = 256;
+pub(crate) const MAX_HEAD_DIM: usize = 256;
 /// Rows of keys and values that the Hopper forward brings to shared memory at once.
 const HOPPER_FORWARD_KEYS: usize = 128;
 /// Rows that the Hopper backward brings to shared memory at once.
@@ -308,6 +308,9 @@ impl Attention {
     fn launch(&self, kernel: usize) -> Result<Launch<'_>> {
         let (rule, heads) = (self.rules[kernel], self.heads);
         let items = self.lists[kernel].count * if kernel == DKDV { heads.kv_heads } else { heads.heads };
+        // A block of Hopper's dq has two heads of an even group.
+        let is_paired = kernel == DQ && self.path == Path::Hopper && heads.group().is_multiple_of(2);
+        let items = if is_paired { items / 2 } else { items };
         let grid = match self.path {
             Path::Hopper if kernel != DKDV => blocks(items).min(self.gpu().multiprocessors),
             Path::Hopper | Path::Mma | Path::Any => blocks(items),

@@ -40,7 +40,7 @@ pub(crate) fn bench_train(spec: &BenchSpec) -> Result<Value> {
     let rates = Rates::measure(&gpu)?;
     let model = random::model(&gpu, spec)?;
     let shape = model.config.shape.clone();
-    let tokens = (spec.micro_batch_size * spec.max_seq_length) as usize;
+    let tokens = spec.micro_batch_size as usize * spec.max_seq_length as usize;
     let setup = setup(spec, &shape, tokens);
     let model_bytes = gpu.allocated_bytes() - WORKSPACE_BYTES;
     let kept_layers = Trainer::choose_beside(&gpu, &model, &setup)?;
@@ -73,11 +73,7 @@ fn setup(spec: &BenchSpec, shape: &Shape, tokens: usize) -> Setup {
         optimizer: Optimizer::AdamW,
         tokens,
         has_dropout: false,
-        kept_layers: match spec.gradient_checkpointing {
-            GradientCheckpointing::None => Some(shape.layers),
-            GradientCheckpointing::Full => Some(0),
-            GradientCheckpointing::Auto => None,
-        },
+        kept_layers: spec.gradient_checkpointing.kept_layers(shape.layers),
         may_stay_dequantized: spec.dense_resident || spec.gradient_checkpointing == GradientCheckpointing::Auto,
         memory_bytes: spec.memory_bytes,
     }

@@ -34,6 +34,11 @@ pub(super) fn assert_alike(op: &str, mats: &[Mat<'_>]) {
     assert!(alike, "{op}: {mats:?}");
 }
 
+/// Asserts that matrices hold values of that type.
+pub(super) fn assert_type(op: &str, dtype: Dtype, mats: &[Mat<'_>]) {
+    assert!(mats.iter().all(|mat| mat.dtype == dtype), "{op}: {dtype:?} and {mats:?}");
+}
+
 /// Asserts that a matrix is one row of so many f32 values.
 pub(super) fn assert_vector(op: &str, mat: Mat<'_>, count: usize) {
     assert!(mat.shape() == (1, count) && mat.dtype == Dtype::F32, "{op}: {count} values in {mat:?}");

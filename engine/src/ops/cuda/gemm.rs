@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 
 use cudarc::cublaslt::{result, sys};
-use cudarc::driver::{DriverError, result as driver};
+use cudarc::driver::result as driver;
 
 use super::{Dtype, Gpu, Mat, failed};
 use crate::{Error, Result};
@@ -93,7 +93,7 @@ impl Gemm {
         }
         let handle = result::create_handle().map_err(refused)?;
         // SAFETY: the context is current; the memory is freed in `drop`.
-        let workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) }.map_err(|error| out_of_memory(gpu, error))?;
+        let workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) }.map_err(failed("allocating memory"))?;
         gpu.allocated_bytes.set(gpu.allocated_bytes.get() + WORKSPACE_BYTES);
         Ok(Self { handle, plans: HashMap::new(), workspace })
     }
@@ -221,15 +221,6 @@ fn kind(dtype: Dtype) -> sys::cudaDataType_t {
 
 fn refused(error: cudarc::cublaslt::result::CublasError) -> Error {
     Error::Device(format!("a matrix product: {error}"))
-}
-
-fn out_of_memory(gpu: &Gpu, error: DriverError) -> Error {
-    match gpu.memory() {
-        Ok((free, _)) if free < WORKSPACE_BYTES => {
-            Error::DeviceMemory { needed_bytes: WORKSPACE_BYTES as u64, free_bytes: free as u64 }
-        }
-        _ => failed("allocating memory")(error),
-    }
 }
 
 #[cfg(test)]

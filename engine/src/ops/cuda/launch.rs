@@ -19,18 +19,8 @@ const SHARED_BYTES: u32 = 48 << 10;
 /// # Safety
 /// The type must have the layout of the kernel's parameter.
 pub(crate) unsafe trait Argument {}
-// SAFETY: numbers have one layout; an address is a 64-bit number.
-unsafe impl Argument for u64 {}
-// SAFETY: as above.
-unsafe impl Argument for i64 {}
-// SAFETY: as above.
-unsafe impl Argument for i32 {}
-// SAFETY: as above.
+// SAFETY: a number has one layout.
 unsafe impl Argument for u32 {}
-// SAFETY: as above.
-unsafe impl Argument for f32 {}
-// SAFETY: as above.
-unsafe impl Argument for f64 {}
 // SAFETY: the driver's own type.
 unsafe impl Argument for sys::CUtensorMap {}
 

@@ -2,25 +2,23 @@
 //!
 //! What kernels/lora.cu, lora_output.cu and lora_gradient.cu say of shapes holds here; all sums of a launch are added in a fixed order.
 
-use super::flat::{GROUP, of_type};
+use super::flat::{GROUP, assert_type, of_type};
 use super::launch::Argument;
 use super::sizes::{Group, Sizes};
 use super::{Dtype, Gpu, Launch, Mat};
 use crate::Result;
 
 const MAX_PROJECTIONS: usize = 3;
-/// Rows (or columns) of a tile of a result, depth of a step; kernels/lora.cuh names them too.
+/// Blocks that share a tile of a result, rows (or columns) of a tile, depth of a step; kernels/lora.cuh names them too.
+const SPLIT: usize = 4;
 const TILE: usize = 128;
 const STEP: usize = 64;
-/// Blocks that a launch should have, so that a large GPU is full, and parts that a tile's sum is split into at least and at most. No
-/// figure of the GPU at hand: sums are the same on all.
-const BLOCKS: usize = 128;
-const PARTS: std::ops::RangeInclusive<usize> = 4..=16;
 /// Columns of a narrow matrix in a pass, and tiles of a launch, at most; kernels/lora.cuh names them too.
 const MAX_WIDTH: usize = 96;
 const MAX_TILES: usize = 1 << 15;
-/// Columns of a strip of dy, and steps on their way; kernels/lora_output.cu names them too.
+/// Columns of a strip of dy, blocks that share its tokens, and steps on their way; kernels/lora_output.cu names them too.
 const STRIP: usize = 256;
+const SHARES: usize = 8;
 const OUTPUT_STAGES: usize = 3;
 /// The largest rank for which du and dB come from one pass over dy.
 const MAX_RANK_OF_ONE_PASS: usize = 32;
@@ -83,24 +81,8 @@ impl Passes {
 
     /// f32 values that the parts of so many tiles take.
     fn partial_values(self, tiles: usize) -> usize {
-        let tiles = tiles * self.count;
-        tiles * parts_of(tiles) * TILE * GROUP * self.groups
+        tiles * self.count * SPLIT * TILE * GROUP * self.groups
     }
-
-    /// As many for up to so many tiles.
-    fn most_partial_values(self, tiles: usize) -> usize {
-        self.partial_values(tiles).max(BLOCKS * TILE * GROUP * self.groups)
-    }
-}
-
-/// Parts that the sums of so many tiles are split into.
-fn parts_of(tiles: usize) -> usize {
-    (BLOCKS / tiles.max(1)).clamp(*PARTS.start(), *PARTS.end())
-}
-
-/// Parts of the sums of so many strips: a strip is as much work as two tiles.
-fn parts_of_strips(strips: usize) -> usize {
-    2 * parts_of(strips)
 }
 
 /// Whether a block may have 163 KiB of shared memory, not 99.
@@ -127,16 +109,14 @@ pub(crate) fn partial_values(sizes: &Sizes, tokens: usize) -> usize {
             return 0;
         }
         let all = Passes::of(of.extension);
-        let u = all.most_partial_values(tokens.div_ceil(TILE).max(of.inputs.div_ceil(TILE)));
+        let u = all.partial_values(tokens.div_ceil(TILE).max(of.inputs.div_ceil(TILE)));
         // One tile more a projection, which may begin within one.
         let tiles = |width: usize| (of.outputs + projections * GROUP).div_ceil(width) + projections;
-        let apart = rank.most_partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)));
+        let apart = rank.partial_values((projections * tokens.div_ceil(TILE)).max(tiles(TILE)));
         let together = if sizes.padded_rank > MAX_RANK_OF_ONE_PASS {
             0
         } else {
-            let strips = tiles(STRIP);
-            let parts = (strips * parts_of_strips(strips)).max(2 * BLOCKS);
-            (strips * tokens + parts * STRIP) * width_of_one_pass(sizes.padded_rank)
+            tiles(STRIP) * width_of_one_pass(sizes.padded_rank) * (tokens + SHARES * STRIP)
         };
         u.max(apart).max(together)
     };
@@ -182,6 +162,7 @@ pub(crate) fn u(
     let (tokens, width) = extension.shape();
     assert!(x.rows == tokens && a.shape() == (width, x.columns), "lora u: {x:?} {a:?}");
     assert!(kept.is_none_or(|kept| kept.shape() == extension.shape()), "lora u: {kept:?}");
+    assert_type("lora u", x.dtype, &[a, extension, kept.unwrap_or(extension)]);
     let name = of_type(x.dtype, "lora_u_bf16", "lora_u_f32");
     let launch = optional(gpu.launch(name)?.mat(extension), kept).mat(x).mat(a);
     if x.dtype == Dtype::F32 {
@@ -239,6 +220,7 @@ pub(crate) fn backward_outputs(
     assert!(dy.columns == all && u.shape() == (dy.rows, columns.len() * padded_rank), "lora: {outputs:?}");
     assert!(du.shape() == u.shape() && scaled_b.shape() == (all, u.columns), "lora: {du:?} of {outputs:?}");
     assert!(gradients.len() == columns.len(), "lora: a gradient or none for each projection");
+    assert_type("lora", dy.dtype, &[u, scaled_b, du]);
     let mut group = gradient_group(gradients, scale);
     for ((place, &columns), gradient) in group.outputs.iter_mut().zip(columns).zip(gradients) {
         let fits = gradient.is_none_or(|it| it.rows == columns && it.columns <= padded_rank && it.columns == it.stride);
@@ -250,14 +232,14 @@ pub(crate) fn backward_outputs(
         return db_of(gpu, partials, &group, outputs);
     }
     let (width, strips) = (width_of_one_pass(padded_rank), outputs.tiles(STRIP));
-    let parts = parts_of_strips(strips);
     let sums = strips * dy.rows * width;
-    let needed = sums + strips * parts * STRIP * width;
+    let needed = sums + strips * SHARES * STRIP * width;
+    assert_type("lora: partials", Dtype::F32, &[partials]);
     assert!(strips <= MAX_TILES && partials.rows * partials.columns >= needed, "lora: {needed} in {partials:?}");
     let (of_du, of_db) = (partials.pointer, partials.pointer + 4 * sums as u64);
     let units = row_units(width);
     let shared = 16 * (OUTPUT_STAGES * STEP * (row_units(STRIP) + units) + STRIP * units + 32 * width);
-    let launch = gpu.launch("lora_du_db_bf16")?.grid_3d((parts as u32, strips as u32, 1), 256).shared(shared as u32);
+    let launch = gpu.launch("lora_du_db_bf16")?.grid_3d((SHARES as u32, strips as u32, 1), 256).shared(shared as u32);
     let launch = launch.arg(&group).mat(dy).mat(u).mat(scaled_b).long(of_du).long(of_db);
     // SAFETY: shapes, the room for parts and the number of strips were checked.
     unsafe { launch.int(dy.rows).int(padded_rank).run() }?;
@@ -314,6 +296,7 @@ pub(crate) fn da(
     (du, x): (Mat<'_>, Mat<'_>),
 ) -> Result<()> {
     assert!(du.rows == x.rows, "lora da: {du:?} {x:?}");
+    assert_type("lora da", x.dtype, &[du]);
     let padded_rank = du.columns / gradients.len();
     for it in gradients.iter().flatten() {
         assert!(it.columns == x.columns && it.rows <= padded_rank && it.columns == it.stride, "lora da: {it:?}");
@@ -365,7 +348,7 @@ fn tiled<'a>(launch: Launch<'a>, partials: Mat<'_>, passes: Passes, tiles: usize
         partials.rows * partials.columns >= needed && partials.dtype == Dtype::F32,
         "lora: {needed} in {partials:?}"
     );
-    launch.grid_3d((parts_of(blocks) as u32, blocks as u32, 1), THREADS).pointer(partials)
+    launch.grid_3d((SPLIT as u32, blocks as u32, 1), THREADS).pointer(partials)
 }
 
 /// Shared memory of the kernels that sum over tokens.

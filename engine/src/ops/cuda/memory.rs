@@ -215,6 +215,7 @@ impl Buffer {
     /// [`Error::Device`] where the driver refuses.
     pub(crate) fn copy_from(&self, other: &Self) -> Result<()> {
         assert_eq!(self.bytes, other.bytes, "buffers of different sizes");
+        assert_ne!(self.pointer, other.pointer, "a buffer copied to itself");
         // SAFETY: both are as large as that, and are not the same.
         unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, self.bytes, self.stream()) }
             .map_err(failed("copying on the GPU"))
@@ -307,7 +308,14 @@ impl Mat<'_> {
         }
         // SAFETY: the matrix lies in a buffer, and `mat` checked its rows.
         let result = unsafe {
-            sys::cuMemsetD2D8Async(self.pointer, self.stride * size, 0, self.columns * size, self.rows, stream)
+            sys::cuMemsetD2D8Async(
+                self.pointer,
+                self.stride.max(self.columns) * size,
+                0,
+                self.columns * size,
+                self.rows,
+                stream,
+            )
         };
         result.result().map_err(failed("clearing a matrix"))
     }

@@ -45,24 +45,12 @@ pub(crate) use bench_ops::bench_ops;
 pub(crate) use gemm::Gemm;
 pub(crate) use launch::Launch;
 pub(crate) use memory::{Buffer, Dtype, Mat, Slab};
-pub(crate) use trainer::{HostMoments, Setup, Trainer, kept_layers_within, peak_bytes, resident_bytes_within};
+pub(crate) use trainer::{HostMoments, Setup, Trainer, check, kept_layers_within, peak_bytes, resident_bytes_within};
 
+use crate::device::CudaDevice;
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
-
-/// A GPU of this machine.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct CudaDevice {
-    /// Its number, as in `cuda:0`.
-    pub ordinal: usize,
-    /// The maker's name.
-    pub name: String,
-    /// Bytes of its memory.
-    pub total_bytes: u64,
-    /// Compute capability, 9.0 for one as (9, 0).
-    pub compute_capability: (i32, i32),
-}
 
 /// Every GPU that this build can use, or why there is none.
 pub fn devices() -> Result<Vec<CudaDevice>, String> {
@@ -337,5 +325,11 @@ fn functions_of(module: sys::CUmodule) -> Result<Vec<(String, Rc<Kernel>)>, Driv
 
 /// What the driver said about that.
 fn failed(what: &'static str) -> impl Fn(DriverError) -> Error {
-    move |error| Error::Device(format!("{what}: {error}"))
+    move |error| match error.0 {
+        sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => Error::DeviceMemory {
+            needed_bytes: 0,
+            free_bytes: result::mem_get_info().map_or(0, |(free, _)| free as u64),
+        },
+        _ => Error::Device(format!("{what}: {error}")),
+    }
 }

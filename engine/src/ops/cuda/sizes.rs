@@ -9,7 +9,7 @@ use crate::model::Shape;
 use crate::spec::Target;
 
 /// Rows of 16-bit values must begin at multiples of 16 bytes.
-const ALIGNED_VALUES: usize = 8;
+pub(crate) const ALIGNED_VALUES: usize = 8;
 
 /// The projections of one input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

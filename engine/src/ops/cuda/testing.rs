@@ -6,18 +6,22 @@ use half::bf16;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Buffer, Dtype, Gpu, Mat};
+use super::{Buffer, Dtype, Gpu, Mat, devices};
 use crate::testing::normal;
 
 /// What padding is filled with: NaN in every type.
 const POISON: u8 = 0xff;
 
 /// The first GPU; without one the test says that it was skipped.
+///
+/// # Panics
+/// Where there is one that cannot be used.
 pub(crate) fn gpu() -> Option<Rc<Gpu>> {
-    match Gpu::new(0) {
-        Ok(gpu) => Some(gpu),
-        Err(error) => {
-            eprintln!("skipped: {error}");
+    let found = devices().and_then(|all| all.first().map(|gpu| gpu.ordinal).ok_or_else(|| "no GPU".to_owned()));
+    match found {
+        Ok(ordinal) => Some(Gpu::new(ordinal).unwrap()),
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
             None
         }
     }

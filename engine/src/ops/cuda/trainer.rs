@@ -6,13 +6,13 @@ use std::sync::Arc;
 use super::adamw_8bit::DeviceMoments;
 use super::buffers::{Buffers, Need};
 use super::gemm::WORKSPACE_BYTES;
-use super::sizes::{Group, Sizes};
+use super::sizes::{self, Group, Sizes};
 use super::step::{Gradient, Pass, refresh_resident};
 use super::weights::{DeviceModel, model_bytes};
-use super::{Buffer, Dtype, Gpu, Mat, adamw};
+use super::{Buffer, Dtype, Gpu, Mat, Slab, adamw, attention};
 use crate::adapter::LoraLayout;
 use crate::data::MicroBatch;
-use crate::model::{Llama, MicroStep};
+use crate::model::{Llama, MicroStep, Shape};
 use crate::ops::adamw::Update;
 use crate::ops::adamw_8bit::Moments as EightBitMoments;
 use crate::ops::cross_entropy::Loss;
@@ -23,6 +23,9 @@ use crate::{Error, Result};
 
 /// Memory that is left to the driver and to what it rounds up.
 const SPARE_BYTES: usize = 256 << 20;
+
+/// Pieces in which the driver hands memory out.
+const PIECE_BYTES: usize = 2 << 20;
 
 /// What a run asks for, the model aside.
 #[derive(Debug, Clone)]
@@ -78,6 +81,27 @@ impl Setup {
         let buffers = Buffers::bytes(sizes, self.need(dequantizes_head, kept_layers));
         model_bytes + self.state_bytes() + buffers + adamw::NORM_BYTES
     }
+}
+
+/// Refuses a shape that the kernels have no way for.
+///
+/// # Errors
+/// [`Error::Model`], with the size.
+pub(crate) fn check(shape: &Shape) -> Result<()> {
+    if shape.head_dim > attention::MAX_HEAD_DIM {
+        let most = attention::MAX_HEAD_DIM;
+        return Err(Error::Model(format!(
+            "a GPU trains models with heads of up to {most} values, got {}",
+            shape.head_dim
+        )));
+    }
+    for (name, size) in [("hidden size", shape.hidden), ("intermediate size", shape.intermediate)] {
+        if !size.is_multiple_of(sizes::ALIGNED_VALUES) {
+            let of = sizes::ALIGNED_VALUES;
+            return Err(Error::Model(format!("a GPU trains models whose {name} is a multiple of {of}, got {size}")));
+        }
+    }
+    Ok(())
 }
 
 fn dtype(compute: Compute) -> Dtype {
@@ -166,6 +190,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::Device`] where the GPU is not there, [`Error::DeviceMemory`] where the run does not fit.
     pub(crate) fn new(ordinal: usize, model: &Llama, setup: &Setup) -> Result<Self> {
+        check(&model.config().shape)?;
         let gpu = Gpu::new(ordinal)?;
         let dequantizes_head = dequantizes_head(model, setup.dtype());
         let kept_layers = Self::choose(&gpu, model_bytes(model), &model.config().shape, dequantizes_head, setup)?;
@@ -174,13 +199,7 @@ impl Trainer {
     }
 
     /// Blocks that keep their activations: those of the setup, or as many as fit beside a model that is not there yet.
-    fn choose(
-        gpu: &Gpu,
-        model_bytes: usize,
-        shape: &crate::model::Shape,
-        dequantizes_head: bool,
-        setup: &Setup,
-    ) -> Result<usize> {
+    fn choose(gpu: &Gpu, model_bytes: usize, shape: &Shape, dequantizes_head: bool, setup: &Setup) -> Result<usize> {
         let sizes = Sizes::new(shape, &setup.layout);
         let free = gpu.memory()?.0.saturating_sub(SPARE_BYTES);
         let allowed = |bytes: u64| (bytes as usize).saturating_sub(gpu.allocated_bytes());
@@ -248,17 +267,23 @@ impl Trainer {
         let mut left = free.min(allowed);
         let layer_bytes = layer_bytes(&self.sizes, self.dtype);
         for layer in (0..self.model.blocks.len()).rev() {
-            if left < layer_bytes {
+            let bytes = |group| self.sizes.group(group).values() * self.dtype.bytes();
+            // The driver rounds each piece of memory up.
+            if left < layer_bytes.next_multiple_of(PIECE_BYTES) {
                 break;
             }
+            // Who else uses the GPU may have taken what was free: this saves time and is no need.
+            let mut slab = match Slab::new(&self.gpu, Group::ALL.map(bytes)) {
+                Err(Error::DeviceMemory { .. }) => break,
+                slab => slab?,
+            };
             for group in Group::ALL {
-                let of = self.sizes.group(group);
-                let buffer = Buffer::new(&self.gpu, of.values() * self.dtype.bytes())?;
+                let (of, buffer) = (self.sizes.group(group), slab.take(bytes(group)));
                 let out = buffer.mat(0, (of.rows(), of.stride), of.stride, self.dtype);
                 self.model.fill(&self.gpu, (layer, group), &self.sizes, (&self.layout, &self.parameters), out)?;
                 self.model.blocks[layer].resident.borrow_mut()[group as usize] = Some(buffer);
             }
-            left -= layer_bytes;
+            left -= layer_bytes.next_multiple_of(PIECE_BYTES);
             self.resident_bytes += layer_bytes;
         }
         Ok(())
@@ -323,12 +348,9 @@ impl Trainer {
     /// # Errors
     /// [`Error::Device`] where the driver refuses.
     pub(crate) fn write_moments(&mut self, moments: &HostMoments<'_>) -> Result<()> {
-        match (&mut self.moments, moments) {
+        match (&self.moments, moments) {
             (Moments::F32(buffer), HostMoments::F32(values)) => buffer.write(0, values),
-            (Moments::EightBit(place), HostMoments::EightBit(moments)) => {
-                *place = DeviceMoments::new(&self.gpu, moments, &self.layout.tensors())?;
-                Ok(())
-            }
+            (Moments::EightBit(place), HostMoments::EightBit(moments)) => place.write(moments, &self.layout.tensors()),
             _ => Err(Error::Checkpoint("its moments are those of another optimizer".to_owned())),
         }
     }
