@@ -60,7 +60,7 @@ struct BenchTrainArgs {
     #[arg(long)]
     dense_resident: bool,
     /// Most of the GPU's memory that the run may take; without it what is free
-    #[arg(long, value_name = "GIB")]
+    #[arg(long, value_name = "GIB", value_parser = gibibytes)]
     max_memory_gib: Option<f64>,
 }
 
@@ -97,6 +97,12 @@ pub fn run(command: &BenchCommand) -> anyhow::Result<()> {
         writeln!(out, "{}", serde_json::to_string(&figures)?)?;
     }
     Ok(())
+}
+
+/// A size above 0.
+fn gibibytes(text: &str) -> Result<f64, String> {
+    let size = text.parse().ok().filter(|size: &f64| size.is_finite() && *size > 0.0);
+    size.ok_or_else(|| format!("must be a number of GiB above 0, got `{text}`"))
 }
 
 /// The device, which is a GPU.
