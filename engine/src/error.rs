@@ -52,7 +52,7 @@ pub enum Error {
     #[error("GPU: {0}")]
     Device(String),
     /// The GPU's memory is too small for what was asked.
-    #[error("out of GPU memory: {} MiB are needed, {} MiB are free", needed_bytes.div_ceil(1 << 20), free_bytes >> 20)]
+    #[error("out of GPU memory: {}{} MiB are free", needed(*needed_bytes), free_bytes >> 20)]
     DeviceMemory {
         /// Bytes that were asked for, by the run or by a part of it; 0 where the driver does not say.
         needed_bytes: u64,
@@ -72,5 +72,22 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+}
+
+/// The part of a message that names what was asked for, where that is known.
+fn needed(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { format!("{} MiB are needed, ", bytes.div_ceil(1 << 20)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_without_memory_says_what_is_known() {
+        let said = |needed_bytes| Error::DeviceMemory { needed_bytes, free_bytes: 5 << 20 }.to_string();
+        assert_eq!(said(0), "out of GPU memory: 5 MiB are free");
+        assert_eq!(said((2 << 20) + 1), "out of GPU memory: 3 MiB are needed, 5 MiB are free");
     }
 }
