@@ -15,7 +15,7 @@ pub(crate) enum Mode {
     Pass,
     /// They wait until the mode is another.
     Stall,
-    /// A request is answered with this status and goes no further.
+    /// A request is answered with this status and goes no further; of an answer that is under way nothing more passes.
     Answer(u16),
     /// A connection is closed once it has given that many bytes.
     CutAfter(usize),
@@ -100,7 +100,7 @@ async fn answers(
     let mut buffer = vec![0; 16 << 10];
     let mut given = 0;
     while let Ok(length @ 1..) = server.read(&mut buffer).await {
-        if modes.wait_for(|mode| *mode != Mode::Stall).await.is_err() {
+        if modes.wait_for(|mode| !matches!(mode, Mode::Stall | Mode::Answer(_))).await.is_err() {
             return;
         }
         let mode = *modes.borrow();
