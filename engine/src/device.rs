@@ -68,6 +68,18 @@ pub struct CudaDevice {
 
 pub use crate::ops::cuda::devices as cuda_devices;
 
+/// The GPU of that number, or which there are instead.
+pub fn cuda_device(ordinal: usize) -> Result<CudaDevice, String> {
+    let asked = Device::Cuda(ordinal);
+    let gpus = cuda_devices().map_err(|reason| format!("there is no `{asked}`: {reason}"))?;
+    let name = |gpu: &CudaDevice| format!("{} ({})", Device::Cuda(gpu.ordinal), gpu.name);
+    let there = gpus.iter().map(name).collect::<Vec<_>>().join(", ");
+    gpus.into_iter().find(|gpu| gpu.ordinal == ordinal).ok_or_else(|| match there.as_str() {
+        "" => format!("there is no `{asked}`: the NVIDIA driver knows no GPU"),
+        there => format!("there is no `{asked}`, there is {there}"),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

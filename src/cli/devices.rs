@@ -3,9 +3,9 @@
 use std::io::Write;
 use std::str::FromStr;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use clap::Args;
-use lorad_engine::device::{CudaDevice, cuda_devices};
+use lorad_engine::device::{CudaDevice, cuda_device, cuda_devices};
 use lorad_engine::train::HostMemory;
 
 use super::terminal::in_line;
@@ -94,16 +94,12 @@ impl FromStr for WantedDevice {
 impl WantedDevice {
     /// The device, which is there.
     pub(super) fn find(self) -> anyhow::Result<Device> {
-        let asked = match self {
-            Self::Auto => return Ok(gpus().map_or(Device::Cpu, |gpus| Device::Cuda(gpus[0].ordinal))),
-            Self::This(Device::Cpu) => return Ok(Device::Cpu),
-            Self::This(asked) => asked,
-        };
-        let gpus = gpus().map_err(|reason| anyhow!("there is no `{asked}`: {reason}"))?;
-        if !gpus.iter().any(|gpu| Device::Cuda(gpu.ordinal) == asked) {
-            let there: Vec<String> = gpus.iter().map(|gpu| format!("cuda:{} ({})", gpu.ordinal, gpu.name)).collect();
-            bail!("there is no `{asked}`, there is {}", there.join(", "));
+        match self {
+            Self::Auto => Ok(gpus().map_or(Device::Cpu, |gpus| Device::Cuda(gpus[0].ordinal))),
+            Self::This(Device::Cpu) => Ok(Device::Cpu),
+            Self::This(Device::Cuda(ordinal)) => {
+                cuda_device(ordinal).map(|gpu| Device::Cuda(gpu.ordinal)).map_err(|reason| anyhow!(reason))
+            }
         }
-        Ok(asked)
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lorad_engine::adapter::peft_spec;
@@ -261,7 +261,16 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     eprintln!("training on {device}");
     let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
     let stop = stop_on_ctrl_c("stopping at the end of this step; Ctrl-C again stops at once")?;
-    let outcome = train::train(&spec, &model, &dataset, start, &mut |event| display.handle(&event, &stop))?;
+    let outcome = train::train(&spec, &model, &dataset, start, &mut |event| display.handle(&event, &stop));
+    let outcome = outcome.map_err(|error| match (&error, device) {
+        (lorad_engine::Error::DeviceMemory { .. }, Device::Cuda(ordinal)) => {
+            match train::fit_now(&spec, &model, &dataset, validation.as_ref(), ordinal) {
+                Ok(fit) if !fit.fits => anyhow!("{error}: {fit}"),
+                _ => error.into(),
+            }
+        }
+        _ => error.into(),
+    })?;
     display.finish()?;
     if !outcome.completed {
         let step = outcome.step;

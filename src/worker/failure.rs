@@ -6,8 +6,7 @@ use crate::hub;
 use crate::types::event::{EventType, Level};
 use crate::types::worker_protocol::{Finish, INIT_FROM_PATH, TRAINING_FILE_PATH, VALIDATION_FILE_PATH, WorkerEvent};
 use lorad_engine::data::Report;
-use lorad_engine::spec::{GradientCheckpointing, Optimizer, TrainingSpec};
-use lorad_engine::train::{Change, Fit};
+use lorad_engine::train::Fit;
 
 /// How serious it is, a sentence, figures.
 type Finding = (Level, String, Option<serde_json::Value>);
@@ -37,25 +36,10 @@ pub(super) enum Fault {
     OfValidationFile(lorad_engine::Error),
     /// The training needs more memory than it may have.
     DoesNotFit(Fit),
-    /// The GPU's memory ran out under way; settings that need less.
-    OutOfDeviceMemory {
-        /// The engine's error.
-        error: lorad_engine::Error,
-        /// What to change, the nearest first.
-        smaller: Vec<String>,
-    },
+    /// The GPU's memory ran out though the training has enough of what is free there: others had it, or took it.
+    MemoryOfOthers(lorad_engine::Error),
     /// At any other time.
     Other(lorad_engine::Error),
-}
-
-impl Fault {
-    /// What went wrong in the training itself.
-    pub(super) fn of_training(error: lorad_engine::Error, asked: &TrainingSpec) -> Self {
-        match error {
-            lorad_engine::Error::DeviceMemory { .. } => Self::OutOfDeviceMemory { error, smaller: smaller(asked) },
-            error => Self::Other(error),
-        }
-    }
 }
 
 impl From<lorad_engine::Error> for Fault {
@@ -72,11 +56,8 @@ pub(super) fn of_engine(fault: Fault, ours: &Ours) -> anyhow::Result<Finish> {
     use lorad_engine::Error;
     use lorad_engine::data::DatasetError;
     let (error, param) = match fault {
-        Fault::DoesNotFit(fit) => return Ok(failed("does_not_fit", does_not_fit(&fit), Some("training"))),
-        Fault::OutOfDeviceMemory { error, smaller } => {
-            let message = format!("{}; settings that need less: {}", ours.hide(&error.to_string()), smaller.join(", "));
-            return Ok(failed("does_not_fit", message, Some("training")));
-        }
+        Fault::DoesNotFit(fit) => return Ok(failed("does_not_fit", fit.to_string(), Some("training"))),
+        Fault::MemoryOfOthers(error) => return Err(error.into()),
         Fault::OfValidationFile(error) => (error, "validation_file"),
         Fault::Other(error) => (error, "training_file"),
     };
@@ -176,75 +157,40 @@ fn of_report(report: &Report, untrained_tokens: &[String]) -> Vec<Finding> {
     findings
 }
 
-/// Settings that need less memory, in the order in which they hurt least: `train::fit` takes them back in the same one.
-fn smaller(asked: &TrainingSpec) -> Vec<String> {
-    let (half, length) = (asked.micro_batch_size / 2, asked.max_seq_length.map(|length| length / 2));
-    let rows = asked.batch_size;
-    let mut settings = Vec::new();
-    if asked.gradient_checkpointing != GradientCheckpointing::Full {
-        settings.push("training.gradient_checkpointing full".to_owned());
-    }
-    if half > 0 {
-        let steps = rows.div_ceil(half);
-        settings.push(format!("training.micro_batch_size {half} with training.gradient_accumulation_steps {steps}"));
-    }
-    if asked.optimizer != Optimizer::AdamW8bit {
-        settings.push("training.optimizer adamw_8bit".to_owned());
-    }
-    settings.push(match length {
-        Some(length) if length > 0 => format!("training.max_seq_length {length}"),
-        _ => "a smaller training.max_seq_length".to_owned(),
-    });
-    settings
-}
-
-/// Says how much is missing, and which settings would do.
-fn does_not_fit(fit: &Fit) -> String {
-    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-    let change = |change: &Change| format!("{} {}", change.field, change.value);
-    let advice = match &fit.nearest {
-        None => "no settings make it fit, take a smaller base model".to_owned(),
-        Some(changes) => format!("it fits with {}", changes.iter().map(change).collect::<Vec<_>>().join(", ")),
-    };
-    format!(
-        "the training needs at least {} MiB of memory and may have {} MiB: {advice}",
-        mib(fit.least_bytes),
-        mib(fit.memory_bytes)
-    )
-}
-
 fn failed(code: &str, message: String, param: Option<&str>) -> Finish {
     Finish::Failed { code: code.to_owned(), message, param: param.map(str::to_owned), events: Vec::new() }
 }
 
 #[cfg(test)]
 mod tests {
-    use lorad_engine::spec::TrainSpec;
+    use lorad_engine::train::Change;
 
     use super::*;
 
     #[test]
-    fn a_gpu_that_runs_out_of_memory_ends_the_job_with_settings_that_need_less() {
+    fn a_gpu_without_enough_memory_ends_the_job_and_one_that_others_used_only_the_attempt() {
         let ours = Ours { base: "/models/base.gguf".into(), base_name: "tiny".to_owned(), scratch: "/scratch".into() };
         let ran_out = || lorad_engine::Error::DeviceMemory { needed_bytes: 3 << 30, free_bytes: 1 << 30 };
-        let mut asked = TrainSpec::default().training;
-        let told = |asked: &TrainingSpec| match of_engine(Fault::of_training(ran_out(), asked), &ours) {
+        let change = |field: &str, value| Change { field: field.to_owned(), value };
+        let mut fit = Fit { least_bytes: 3 << 30, memory_bytes: 2 << 30, fits: false, nearest: None };
+        let told = |fit: &Fit| match of_engine(Fault::DoesNotFit(fit.clone()), &ours) {
             Ok(Finish::Failed { code, message, param, .. }) => {
                 assert_eq!((code.as_str(), param.as_deref()), ("does_not_fit", Some("training")));
-                assert!(message.contains("out of GPU memory"), "{message}");
-                message.split_once("need less: ").expect("settings").1.to_owned()
+                message
             }
             other => panic!("{other:?}"),
         };
-        let first = "training.gradient_checkpointing full, training.micro_batch_size 1 with training.gradient_accumulation_steps 8";
-        let all = format!("{first}, training.optimizer adamw_8bit, training.max_seq_length 1024");
-        asked.max_seq_length = Some(2048);
-        assert_eq!(told(&asked), all);
-        asked.gradient_checkpointing = GradientCheckpointing::Full;
-        asked.optimizer = Optimizer::AdamW8bit;
-        (asked.micro_batch_size, asked.max_seq_length) = (1, None);
-        assert_eq!(told(&asked), "a smaller training.max_seq_length");
+        let least = "the training needs at least 3072 MiB of memory and may have 2048 MiB: ";
+        assert_eq!(told(&fit), format!("{least}no settings make it fit, take a smaller base model"));
+        fit.nearest = Some(vec![
+            change("training.gradient_checkpointing", "full".into()),
+            change("training.micro_batch_size", 1.into()),
+        ]);
+        let settings = "it fits with training.gradient_checkpointing \"full\", training.micro_batch_size 1";
+        assert_eq!(told(&fit), format!("{least}{settings}"));
 
+        let error = of_engine(Fault::MemoryOfOthers(ran_out()), &ours).expect_err("another attempt");
+        assert!(error.to_string().contains("out of GPU memory"), "{error}");
         // Where the model itself has no room, no setting of the training helps.
         let loading = of_engine(Fault::Other(ran_out()), &ours);
         assert!(matches!(loading, Ok(Finish::Failed { code, .. }) if code == "does_not_fit"));

@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use lorad_engine::data;
+use lorad_engine::data::{self, Dataset};
+use lorad_engine::device::Device;
 use lorad_engine::export::TrainingFacts;
 use lorad_engine::gguf::GgufFile;
 use lorad_engine::model::{Llama, untrained_tokens};
+use lorad_engine::spec::TrainSpec;
 use lorad_engine::tokenizer::Tokenizer;
 use lorad_engine::train::{self, Best, Checkpoint, Outcome, Start, StepMetrics, TrainEvent};
 use tokio::sync::{mpsc, oneshot};
@@ -249,7 +251,7 @@ fn train_and_export(
     let (validation, device) = (validation.as_ref(), task.device);
     let start = Start { resume, init_from, validation, memory_budget_bytes, checkpoint_interval, device };
     let outcome = train::train(&task.spec, &llama, &dataset, start, &mut on_event);
-    let outcome = outcome.map_err(|error| Fault::of_training(error, &task.spec.training))?;
+    let outcome = outcome.map_err(|error| of_training(error, (&task.spec, &llama), (&dataset, validation), device))?;
     saved?;
     pause.set_training(false);
     if !outcome.completed {
@@ -274,6 +276,28 @@ fn train_and_export(
     }
     let events = outcome.best.map(|best| best_of(&outcome, best)).into_iter().collect();
     Ok(Some((outcome.trained_tokens.cast_signed(), events)))
+}
+
+/// What broke a training off. Where a GPU had too little memory, what is free once the training has given its own back tells whether others
+/// were in its way, and which settings fit beside them.
+fn of_training(
+    error: lorad_engine::Error,
+    (spec, llama): (&TrainSpec, &Llama),
+    (dataset, validation): (&Dataset, Option<&Dataset>),
+    device: Device,
+) -> Fault {
+    let (lorad_engine::Error::DeviceMemory { .. }, Device::Cuda(ordinal)) = (&error, device) else {
+        return Fault::Other(error);
+    };
+    tracing::warn!(%device, %error, "the training found too little memory");
+    match train::fit_now(spec, llama, dataset, validation, ordinal) {
+        Ok(fit) if !fit.fits => Fault::DoesNotFit(fit),
+        Ok(_) => Fault::MemoryOfOthers(error),
+        Err(unknown) => {
+            tracing::warn!(%device, %unknown, "what is free there cannot be told");
+            Fault::Other(error)
+        }
+    }
 }
 
 /// Tells which evaluation's adapter is the result of a training with early stopping.

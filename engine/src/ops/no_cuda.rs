@@ -54,6 +54,11 @@ pub(crate) fn peak_bytes(_: &Llama, _: &Setup, _: usize) -> u64 {
     0
 }
 
+/// Bytes that a run may take on that GPU: it is not there.
+pub(crate) fn free_bytes(_: usize) -> Result<u64> {
+    Err(Error::Device(WITHOUT.to_owned()))
+}
+
 /// As in `cuda`.
 pub(crate) fn kept_layers_within(_: &Llama, _: &Setup, _: u64) -> Option<usize> {
     None

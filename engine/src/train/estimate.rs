@@ -10,7 +10,7 @@ use super::micro_batch;
 use super::moments::Moments;
 use crate::adapter::{LoraLayout, LoraParams};
 use crate::data::{Dataset, Loader, MicroBatch, Row};
-use crate::device::{Device, cuda_devices};
+use crate::device::{Device, cuda_device};
 use crate::model::{Llama, MicroStep, Shape};
 use crate::ops::cross_entropy;
 use crate::ops::cuda::{self, Setup, Trainer};
@@ -107,10 +107,7 @@ const OF_THE_DRIVER: u64 = 1 << 30;
 /// A GPU that is not there.
 pub(super) fn gpu_bytes(device: Device) -> Result<Option<(u64, u64)>> {
     let Device::Cuda(ordinal) = device else { return Ok(None) };
-    let gpus = cuda_devices().map_err(Error::Device)?;
-    let gpu = gpus.iter().find(|gpu| gpu.ordinal == ordinal);
-    let gpu =
-        gpu.ok_or_else(|| Error::Device(format!("{device} is not there: this machine has {} GPUs", gpus.len())))?;
+    let gpu = cuda_device(ordinal).map_err(Error::Device)?;
     Ok(Some((gpu.total_bytes.saturating_sub(OF_THE_DRIVER), gpu.total_bytes)))
 }
 

@@ -35,6 +35,23 @@ pub struct Fit {
     pub nearest: Option<Vec<Change>>,
 }
 
+/// How much is needed, and which settings would do.
+impl std::fmt::Display for Fit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let (least, may_have) = (mib(self.least_bytes), mib(self.memory_bytes));
+        write!(f, "the training needs at least {least} MiB of memory and may have {may_have} MiB")?;
+        match self.nearest.as_deref() {
+            None => write!(f, ": no settings make it fit, take a smaller base model"),
+            Some([]) => Ok(()),
+            Some(changes) => {
+                let changes = changes.iter().map(|change| format!("{} {}", change.field, change.value));
+                write!(f, ": it fits with {}", changes.collect::<Vec<_>>().join(", "))
+            }
+        }
+    }
+}
+
 /// A setting, and the value that would fit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change {
@@ -57,6 +74,34 @@ pub fn fit(
     memory_bytes: Option<u64>,
     device: Device,
 ) -> Result<Fit> {
+    let may_have = match estimate::gpu_bytes(device)? {
+        Some((usable, _)) => usable,
+        None => memory_bytes.map_or_else(|| HostMemory::now().map(|host| host.total_bytes), Ok)?,
+    };
+    fit_within(spec, model, (dataset, validation), may_have, device)
+}
+
+/// Judges a run on a GPU by the memory that is free there now, what other programs use of it taken off: for a run that found too little.
+///
+/// # Errors
+/// As [`fit`].
+pub fn fit_now(
+    spec: &TrainSpec,
+    model: &Llama,
+    dataset: &Dataset,
+    validation: Option<&Dataset>,
+    ordinal: usize,
+) -> Result<Fit> {
+    fit_within(spec, model, (dataset, validation), cuda::free_bytes(ordinal)?, Device::Cuda(ordinal))
+}
+
+fn fit_within(
+    spec: &TrainSpec,
+    model: &Llama,
+    (dataset, validation): (&Dataset, Option<&Dataset>),
+    memory_bytes: u64,
+    device: Device,
+) -> Result<Fit> {
     let host = HostMemory::now()?;
     let compute = state::compute(spec.training.compute, device)?;
     if device != Device::Cpu {
@@ -70,11 +115,7 @@ pub fn fit(
         on_gpu: (device != Device::Cpu).then_some((model, compute)),
     };
     let max_seq_length = spec.max_seq_length(model.config().context_length)? as u64;
-    let may_have = match estimate::gpu_bytes(device)? {
-        Some((usable, _)) => usable,
-        None => memory_bytes.unwrap_or(host.total_bytes),
-    };
-    Ok(rows.judge(spec, max_seq_length, may_have))
+    Ok(rows.judge(spec, max_seq_length, memory_bytes))
 }
 
 /// What is left of `memory_bytes` for a training's own state and activations, beside what this process holds and the model.

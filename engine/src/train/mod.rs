@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 pub use checkpoint::Checkpoint;
 pub use estimate::{Estimate, HostMemory, estimate, measure_rate};
 pub use evaluation::{Best, Evaluation};
-pub use fit::{Change, Fit, fit, left_of};
+pub use fit::{Change, Fit, fit, fit_now, left_of};
 pub use schedule::learning_rate;
 
 use crate::Result;

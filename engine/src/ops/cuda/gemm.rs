@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use cudarc::cublaslt::{result, sys};
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
 use cudarc::driver::result as driver;
 
 use super::{Dtype, Gpu, Mat, failed};
@@ -54,32 +55,43 @@ struct Key {
     alignment: (u32, u32, u32, u32),
 }
 
+/// An object of cuBLASLt's, and how it is given back.
+#[derive(Debug)]
+struct Owned<T: Copy>(T, unsafe fn(T) -> std::result::Result<(), CublasError>);
+
+impl<T: Copy> Drop for Owned<T> {
+    fn drop(&mut self) {
+        // SAFETY: made with its own way back, used nowhere else.
+        let _ = unsafe { self.1(self.0) };
+    }
+}
+
+type Layout = Owned<sys::cublasLtMatrixLayout_t>;
+
+impl Layout {
+    /// A matrix as cuBLAS sees it: its columns are our rows.
+    fn new(mat: Mat<'_>) -> Result<Self> {
+        let made =
+            result::create_matrix_layout(kind(mat.dtype), mat.columns as u64, mat.rows as u64, mat.stride as i64);
+        made.map(|layout| Self(layout, result::destroy_matrix_layout)).map_err(refused)
+    }
+}
+
 /// What is kept of a shape.
 #[derive(Debug)]
 struct Plan {
-    description: sys::cublasLtMatmulDesc_t,
-    /// a, b, c and out as cuBLAS sees them.
-    layouts: [sys::cublasLtMatrixLayout_t; 4],
+    description: Owned<sys::cublasLtMatmulDesc_t>,
+    /// Of a, b, c and out.
+    layouts: [Layout; 4],
     algorithm: sys::cublasLtMatmulAlgo_t,
-}
-
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: made in `plan`, used nowhere else.
-        unsafe {
-            let _ = result::destroy_matmul_desc(self.description);
-            for layout in self.layouts {
-                let _ = result::destroy_matrix_layout(layout);
-            }
-        }
-    }
 }
 
 /// cuBLASLt on one GPU.
 #[derive(Debug)]
 pub(crate) struct Gemm {
-    handle: sys::cublasLtHandle_t,
+    // Before the handle: fields are dropped in this order.
     plans: HashMap<Key, Plan>,
+    handle: Owned<sys::cublasLtHandle_t>,
     workspace: u64,
 }
 
@@ -91,11 +103,11 @@ impl Gemm {
                 "CUDA's library libcublasLt.so is not there: is LD_LIBRARY_PATH set?".to_owned(),
             ));
         }
-        let handle = result::create_handle().map_err(refused)?;
+        let handle = Owned(result::create_handle().map_err(refused)?, result::destroy_handle);
         // SAFETY: the context is current; the memory is freed in `drop`.
         let workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) }.map_err(failed("allocating memory"))?;
         gpu.allocated_bytes.set(gpu.allocated_bytes.get() + WORKSPACE_BYTES);
-        Ok(Self { handle, plans: HashMap::new(), workspace })
+        Ok(Self { plans: HashMap::new(), handle, workspace })
     }
 
     pub(super) fn run(&mut self, gpu: &Gpu, out: Mat<'_>, product: Product<'_>) -> Result<()> {
@@ -122,15 +134,15 @@ impl Gemm {
             self.plans.insert(key, plan);
         }
         let plan = &self.plans[&key];
-        let [of_a, of_b, of_c, of_out] = plan.layouts;
+        let [of_a, of_b, of_c, of_out] = plan.layouts.each_ref().map(|layout| layout.0);
         let (alpha, beta) = (1f32, if add.is_some() { 1f32 } else { 0.0 });
         let pointer = |address: u64| address as *mut c_void;
         // SAFETY: shapes and strides were checked against each other above, and each matrix lies in its buffer; the workspace is
         // this stream's alone.
         unsafe {
             result::matmul(
-                self.handle,
-                plan.description,
+                self.handle.0,
+                plan.description.0,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 pointer(b.pointer),
@@ -152,63 +164,46 @@ impl Gemm {
 
     fn plan(&self, key: &Key, product: Product<'_>, out: Mat<'_>, c: Mat<'_>) -> Result<Plan> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
-        let layout = |mat: Mat<'_>| {
-            result::create_matrix_layout(kind(mat.dtype), mat.columns as u64, mat.rows as u64, mat.stride as i64)
+        let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
+        let description = result::create_matmul_desc(compute, scale).map_err(refused)?;
+        let description = Owned(description, result::destroy_matmul_desc);
+        let layouts = [Layout::new(product.a)?, Layout::new(product.b)?, Layout::new(c)?, Layout::new(out)?];
+        let preference = Owned(result::create_matmul_pref().map_err(refused)?, result::destroy_matmul_pref);
+        let transposed = i32::from(product.b_transposed);
+        let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        // SAFETY: the description was made above; the attribute is given with its own size.
+        unsafe { result::set_matmul_desc_attribute(description.0, attribute, (&raw const transposed).cast(), 4) }
+            .map_err(refused)?;
+        // SAFETY: the preference was made above; each attribute is given with its own size.
+        let prefer = |attribute, value: *const c_void, size| unsafe {
+            result::set_matmul_pref_attribute(preference.0, attribute, value, size).map_err(refused)
         };
-        let description =
-            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
-                .map_err(refused)?;
-        let mut plan = Plan {
-            description,
-            layouts: [
-                layout(product.a).map_err(refused)?,
-                layout(product.b).map_err(refused)?,
-                layout(c).map_err(refused)?,
-                layout(out).map_err(refused)?,
-            ],
-            // SAFETY: plain numbers, set below.
-            algorithm: unsafe { std::mem::zeroed() },
-        };
-        let preference = result::create_matmul_pref().map_err(refused)?;
-        // SAFETY: every object was made above; attributes are given with their own sizes.
+        let bytes = WORKSPACE_BYTES;
+        prefer(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), 8)?;
+        let (of_a, of_b, of_c, of_out) = key.alignment;
+        for (attribute, bytes) in [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_b),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_a),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_c),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_out),
+        ] {
+            prefer(attribute, (&raw const bytes).cast(), 4)?;
+        }
+        let [of_a, of_b, of_c, of_out] = layouts.each_ref().map(|layout| layout.0);
+        // SAFETY: every object was made above.
         let found = unsafe {
-            let transposed = i32::from(product.b_transposed);
-            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-            result::set_matmul_desc_attribute(description, attribute, (&raw const transposed).cast(), 4)
-                .map_err(refused)?;
-            let bytes = WORKSPACE_BYTES;
-            let attribute = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            let mut set = result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 8);
-            let (of_a, of_b, of_c, of_out) = key.alignment;
-            for (attribute, bytes) in [
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_b),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_a),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_c),
-                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_out),
-            ] {
-                set = set.and_then(|()| {
-                    result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), 4)
-                });
-            }
-            let [a, b, c, out] = plan.layouts;
-            let found = set
-                .and_then(|()| result::get_matmul_algo_heuristic(self.handle, description, b, a, c, out, preference));
-            let _ = result::destroy_matmul_pref(preference);
-            found
+            let (handle, description) = (self.handle.0, description.0);
+            result::get_matmul_algo_heuristic(handle, description, of_b, of_a, of_c, of_out, preference.0)
         };
-        plan.algorithm = found.map_err(refused)?.algo;
-        Ok(plan)
+        let algorithm = found.map_err(refused)?.algo;
+        Ok(Plan { description, layouts, algorithm })
     }
 }
 
 impl Drop for Gemm {
     fn drop(&mut self) {
-        self.plans.clear();
-        // SAFETY: the stream was waited for by whoever drops this; handle and workspace are this object's alone.
-        unsafe {
-            let _ = result::destroy_handle(self.handle);
-            let _ = driver::free_sync(self.workspace);
-        }
+        // SAFETY: the stream was waited for by whoever drops this; the workspace is this object's alone.
+        let _ = unsafe { driver::free_sync(self.workspace) };
     }
 }
 
@@ -219,7 +214,7 @@ fn kind(dtype: Dtype) -> sys::cudaDataType_t {
     }
 }
 
-fn refused(error: cudarc::cublaslt::result::CublasError) -> Error {
+fn refused(error: CublasError) -> Error {
     Error::Device(format!("a matrix product: {error}"))
 }
 

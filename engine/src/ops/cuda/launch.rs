@@ -38,11 +38,11 @@ pub(crate) struct Launch<'a> {
     values: PhantomData<&'a ()>,
 }
 
-/// An argument: a number's bits, or where a larger one lies.
+/// An argument: a number's bits, or where a larger one lies; and its bytes.
 #[derive(Clone, Copy)]
 enum Value {
-    Bits(u64),
-    At(*mut c_void),
+    Bits(u64, usize),
+    At(*mut c_void, usize),
 }
 
 impl<'a> Launch<'a> {
@@ -54,7 +54,7 @@ impl<'a> Launch<'a> {
             grid: (1, 1, 1),
             block: (1, 1, 1),
             shared_bytes: 0,
-            arguments: [Value::Bits(0); ARGUMENTS],
+            arguments: [Value::Bits(0, 0); ARGUMENTS],
             count: 0,
             values: PhantomData,
         }
@@ -80,38 +80,38 @@ impl<'a> Launch<'a> {
 
     /// The next argument.
     pub(crate) fn arg<T: Argument>(mut self, value: &'a T) -> Self {
-        self.push(Value::At(std::ptr::from_ref(value).cast_mut().cast()));
+        self.push(Value::At(std::ptr::from_ref(value).cast_mut().cast(), size_of::<T>()));
         self
     }
 
     /// The next argument: a number of the kernel's type `int`.
     pub(crate) fn int(self, value: usize) -> Self {
         let value = i32::try_from(value).expect("a count that a kernel takes fits 31 bits");
-        self.number(u64::from(value as u32))
+        self.number(u64::from(value as u32), 4)
     }
 
     /// The next argument: a number of the kernel's type `float`.
     pub(crate) fn float(self, value: f32) -> Self {
-        self.number(u64::from(value.to_bits()))
+        self.number(u64::from(value.to_bits()), 4)
     }
 
     /// The next argument: 64 bits, an address (0 for none), a `size_t` or a `long long`.
     pub(crate) fn long(self, value: u64) -> Self {
-        self.number(value)
+        self.number(value, 8)
     }
 
     /// The next argument: where a matrix begins.
     pub(crate) fn pointer(self, mat: Mat<'_>) -> Self {
-        self.number(mat.pointer)
+        self.number(mat.pointer, 8)
     }
 
     /// The next two arguments: where a matrix begins, and its stride in values.
     pub(crate) fn mat(self, mat: Mat<'_>) -> Self {
-        self.number(mat.pointer).number(mat.stride as u64)
+        self.number(mat.pointer, 8).number(mat.stride as u64, 8)
     }
 
-    fn number(mut self, bits: u64) -> Self {
-        self.push(Value::Bits(bits));
+    fn number(mut self, bits: u64, size: usize) -> Self {
+        self.push(Value::Bits(bits, size));
         self
     }
 
@@ -133,6 +133,9 @@ impl<'a> Launch<'a> {
             return Ok(());
         }
         self.allow_shared()?;
+        if cfg!(test) {
+            self.compare_arguments();
+        }
         let (gpu, name) = (self.gpu, self.name);
         gpu.timed(name, || {
             let stream = gpu.stream.cu_stream();
@@ -140,8 +143,8 @@ impl<'a> Launch<'a> {
             for (pointer, argument) in pointers.iter_mut().zip(&mut self.arguments[..self.count]) {
                 *pointer = match argument {
                     // Little-endian: a shorter number is the first of its bytes.
-                    Value::Bits(bits) => std::ptr::from_mut(bits).cast(),
-                    Value::At(place) => *place,
+                    Value::Bits(bits, _) => std::ptr::from_mut(bits).cast(),
+                    Value::At(place, _) => *place,
                 };
             }
             let arguments = &mut pointers[..self.count];
@@ -151,6 +154,28 @@ impl<'a> Launch<'a> {
             };
             launched.map_err(|error| Error::Device(format!("launching `{name}`: {error}")))
         })
+    }
+
+    /// Compares how many arguments there are, and the bytes of each, with the compiled kernel's: nothing else notices one too many.
+    ///
+    /// # Panics
+    /// Where they differ.
+    fn compare_arguments(&self) {
+        let taken: Vec<usize> = (0..)
+            .map_while(|index| {
+                let (mut offset, mut size) = (0, 0);
+                // SAFETY: the function belongs to a loaded module; the driver writes two numbers, or refuses an index beyond the last.
+                let found = unsafe {
+                    sys::cuFuncGetParamInfo(self.kernel.function, index, &raw mut offset, &raw mut size).result()
+                };
+                found.ok().map(|()| size)
+            })
+            .collect();
+        let size = |value: &Value| match value {
+            Value::Bits(_, size) | Value::At(_, size) => *size,
+        };
+        let given: Vec<usize> = self.arguments[..self.count].iter().map(size).collect();
+        assert_eq!(given, taken, "{}: bytes of the arguments given, and of those that the kernel takes", self.name);
     }
 
     fn allow_shared(&self) -> Result<()> {

@@ -45,9 +45,11 @@ pub(crate) use bench_ops::bench_ops;
 pub(crate) use gemm::Gemm;
 pub(crate) use launch::Launch;
 pub(crate) use memory::{Buffer, Dtype, Mat, Slab};
-pub(crate) use trainer::{HostMoments, Setup, Trainer, check, kept_layers_within, peak_bytes, resident_bytes_within};
+pub(crate) use trainer::{
+    HostMoments, Setup, Trainer, check, free_bytes, kept_layers_within, peak_bytes, resident_bytes_within,
+};
 
-use crate::device::CudaDevice;
+use crate::device::{CudaDevice, cuda_device};
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -142,10 +144,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Device`] where there is none, or the driver refuses.
     pub(crate) fn new(ordinal: usize) -> Result<Rc<Self>> {
-        let found = devices().map_err(Error::Device)?;
-        let Some(device) = found.iter().find(|gpu| gpu.ordinal == ordinal) else {
-            return Err(Error::Device(format!("cuda:{ordinal} is not there: this machine has {} GPUs", found.len())));
-        };
+        let device = cuda_device(ordinal).map_err(Error::Device)?;
         let context = CudaContext::new(ordinal).map_err(failed("opening the GPU"))?;
         // One stream, in order: no buffer needs an event.
         // SAFETY: nothing was allocated before, and this context's memory is used on one stream alone.

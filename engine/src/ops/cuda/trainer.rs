@@ -118,6 +118,15 @@ pub(crate) fn peak_bytes(model: &Llama, setup: &Setup, kept_layers: usize) -> u6
         as u64
 }
 
+/// Bytes that a run begun now may take on that GPU, the products' workspace among them.
+///
+/// # Errors
+/// [`Error::Device`] where the GPU is not there, [`Error::DeviceMemory`] where not even the kernels find room.
+pub(crate) fn free_bytes(ordinal: usize) -> Result<u64> {
+    let gpu = Gpu::new(ordinal)?;
+    Ok((gpu.memory()?.0 + gpu.allocated_bytes()).saturating_sub(SPARE_BYTES) as u64)
+}
+
 /// Blocks that keep their activations in so many bytes, `None` where not even a run that keeps none fits.
 pub(crate) fn kept_layers_within(model: &Llama, setup: &Setup, memory_bytes: u64) -> Option<usize> {
     let fits = |kept: &usize| peak_bytes(model, setup, *kept) <= memory_bytes;
