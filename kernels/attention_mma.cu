@@ -20,51 +20,14 @@
 //
 // CPU twin: engine/src/ops/attention.rs. Source: Dao, "FlashAttention-2", 2023, with dq in a kernel of its own instead of atomics.
 
-#include <cuda_bf16.h>
+#include "mma.cuh"
 
 typedef long long ll;
-typedef __nv_bfloat16 bf16;
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
 #define TILE 128  // also in engine/src/ops/cuda/attention.rs
 #define LOG2E 1.4426950408889634f
-
-__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    unsigned x;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-    return x;
-}
-
-__device__ __forceinline__ void ldmatrix(unsigned (&x)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_transposed(unsigned (&x)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// acc += a b: a 16 × 16, b 16 × 8.
-__device__ __forceinline__ void mma(float (&acc)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // 16 bytes, or zeros.
 __device__ __forceinline__ void copy16(unsigned to, const void* from, bool there) {
@@ -73,13 +36,6 @@ __device__ __forceinline__ void copy16(unsigned to, const void* from, bool there
 
 __device__ __forceinline__ void copy4(unsigned to, const void* from, bool there) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // Rows lie in shared memory unpadded, their 16-byte words exchanged by word ^ (row & 7): the 8 rows of a matrix that ldmatrix reads are
@@ -122,8 +78,8 @@ __device__ __forceinline__ void store_rows(bf16* head, ll stride, unsigned rows,
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
         const unsigned to = rows + g * D * 2 + ((n ^ (g & 7)) << 4) + (lane & 3) * 4;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack(acc[n][0] * low, acc[n][1] * low)) : "memory");
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * D * 2), "r"(pack(acc[n][2] * high, acc[n][3] * high)) : "memory");
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(bf16_pair(acc[n][0] * low, acc[n][1] * low)) : "memory");
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + 8 * D * 2), "r"(bf16_pair(acc[n][2] * high, acc[n][3] * high)) : "memory");
     }
     __syncwarp();
     constexpr int WORDS = D / 8, STEP = 32 / WORDS;
@@ -158,32 +114,32 @@ __device__ __forceinline__ void forward(bf16* o, ll o_stride, float* lse, const 
 
     copy_rows<D, TILE, THREADS>(q_rows, q, q_stride, start, end);
     copy_rows<D, KEYS, THREADS>(k_rows, k, k_stride, tile.z, end);
-    commit();
+    commit_copies();
     for (int first = tile.z; first < end; first += KEYS) {
         const bool seen = first <= warp_first + 31;
         float s[2][KEYS / 8][4] = {};
-        wait<0>();
+        await_copies<0>();
         __syncthreads();
         copy_rows<D, KEYS, THREADS>(v_rows, v, v_stride, first, end);
-        commit();
+        commit_copies();
         if (seen) {
 #pragma unroll
             for (int c = 0; c < D / 16; c++) {
                 unsigned a[2][4], b[4];
-                ldmatrix(a[0], q_place ^ (c * 32));
-                ldmatrix(a[1], (q_place ^ (c * 32)) + 16 * D * 2);
+                load_matrices(a[0], q_place ^ (c * 32));
+                load_matrices(a[1], (q_place ^ (c * 32)) + 16 * D * 2);
 #pragma unroll
                 for (int n = 0; n < KEYS / 16; n++) {
-                    ldmatrix(b, (k_place ^ (c * 32)) + n * 16 * D * 2);
+                    load_matrices(b, (k_place ^ (c * 32)) + n * 16 * D * 2);
 #pragma unroll
-                    for (int m = 0; m < 2; m++) mma(s[m][2 * n], a[m], b[0], b[1]), mma(s[m][2 * n + 1], a[m], b[2], b[3]);
+                    for (int m = 0; m < 2; m++) multiply(s[m][2 * n], a[m], b[0], b[1]), multiply(s[m][2 * n + 1], a[m], b[2], b[3]);
                 }
             }
         }
-        wait<0>();
+        await_copies<0>();
         __syncthreads();
         if (first + KEYS < end) copy_rows<D, KEYS, THREADS>(k_rows, k, k_stride, first + KEYS, end);
-        commit();
+        commit_copies();
         if (seen) {
             if (first + KEYS - 1 > warp_first) {
 #pragma unroll
@@ -224,15 +180,15 @@ __device__ __forceinline__ void forward(bf16* o, ll o_stride, float* lse, const 
                 unsigned p[2][4], b[4];
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
-                    p[m][0] = pack(s[m][2 * c][0], s[m][2 * c][1]), p[m][1] = pack(s[m][2 * c][2], s[m][2 * c][3]);
-                    p[m][2] = pack(s[m][2 * c + 1][0], s[m][2 * c + 1][1]),
-                    p[m][3] = pack(s[m][2 * c + 1][2], s[m][2 * c + 1][3]);
+                    p[m][0] = bf16_pair(s[m][2 * c][0], s[m][2 * c][1]), p[m][1] = bf16_pair(s[m][2 * c][2], s[m][2 * c][3]);
+                    p[m][2] = bf16_pair(s[m][2 * c + 1][0], s[m][2 * c + 1][1]),
+                    p[m][3] = bf16_pair(s[m][2 * c + 1][2], s[m][2 * c + 1][3]);
                 }
 #pragma unroll
                 for (int n = 0; n < D / 16; n++) {
-                    ldmatrix_transposed(b, (v_place ^ (n * 32)) + c * 16 * D * 2);
+                    load_transposed(b, (v_place ^ (n * 32)) + c * 16 * D * 2);
 #pragma unroll
-                    for (int m = 0; m < 2; m++) mma(acc[m][2 * n], p[m], b[0], b[1]), mma(acc[m][2 * n + 1], p[m], b[2], b[3]);
+                    for (int m = 0; m < 2; m++) multiply(acc[m][2 * n], p[m], b[0], b[1]), multiply(acc[m][2 * n + 1], p[m], b[2], b[3]);
                 }
             }
         }
@@ -287,7 +243,7 @@ __device__ __forceinline__ void backward_dkdv(bf16* dk, ll dk_stride, bf16* dv, 
     copy_rows<D, TILE, THREADS>(k_rows, k, k_stride, start, end);
     copy_rows<D, TILE, THREADS>(v_rows, v, v_stride, start, end);
     copy_stage(stages, head, first);
-    commit();
+    commit_copies();
     const unsigned k_place = place_a<D>(k_own), v_place = place_a<D>(v_own);
     unsigned k_regs[D / 16][4], v_regs[D / 16][4];
     const int blocks = (seq_end - start + ROWS - 1) / ROWS * group;
@@ -295,15 +251,15 @@ __device__ __forceinline__ void backward_dkdv(bf16* dk, ll dk_stride, bf16* dv, 
         const unsigned stage = stages + (i & 1) * STAGE;
         int next_head = head, next_first = first + ROWS;
         if (next_first >= seq_end) next_head++, next_first = start;
-        wait<0>();
+        await_copies<0>();
         __syncthreads();
         if (i + 1 < blocks) copy_stage(stages + (~i & 1) * STAGE, next_head, next_first);
-        commit();
+        commit_copies();
         if (i == 0) {
 #pragma unroll
             for (int c = 0; c < D / 16; c++) {
-                ldmatrix(k_regs[c], k_place ^ (c * 32));
-                ldmatrix(v_regs[c], v_place ^ (c * 32));
+                load_matrices(k_regs[c], k_place ^ (c * 32));
+                load_matrices(v_regs[c], v_place ^ (c * 32));
             }
         }
         if (first + ROWS - 1 >= warp_first) {
@@ -316,8 +272,8 @@ __device__ __forceinline__ void backward_dkdv(bf16* dk, ll dk_stride, bf16* dv, 
 #pragma unroll
                 for (int n = 0; n < ROWS / 16; n++) {
                     unsigned b[4];
-                    ldmatrix(b, (q_place ^ (c * 32)) + n * 16 * D * 2);
-                    mma(p[2 * n], k_regs[c], b[0], b[1]), mma(p[2 * n + 1], k_regs[c], b[2], b[3]);
+                    load_matrices(b, (q_place ^ (c * 32)) + n * 16 * D * 2);
+                    multiply(p[2 * n], k_regs[c], b[0], b[1]), multiply(p[2 * n + 1], k_regs[c], b[2], b[3]);
                 }
             }
 #pragma unroll
@@ -325,8 +281,8 @@ __device__ __forceinline__ void backward_dkdv(bf16* dk, ll dk_stride, bf16* dv, 
 #pragma unroll
                 for (int n = 0; n < ROWS / 16; n++) {
                     unsigned b[4];
-                    ldmatrix(b, (dout_place ^ (c * 32)) + n * 16 * D * 2);
-                    mma(ds[2 * n], v_regs[c], b[0], b[1]), mma(ds[2 * n + 1], v_regs[c], b[2], b[3]);
+                    load_matrices(b, (dout_place ^ (c * 32)) + n * 16 * D * 2);
+                    multiply(ds[2 * n], v_regs[c], b[0], b[1]), multiply(ds[2 * n + 1], v_regs[c], b[2], b[3]);
                 }
             }
             const bool masked = first < warp_first + 15;
@@ -350,24 +306,24 @@ __device__ __forceinline__ void backward_dkdv(bf16* dk, ll dk_stride, bf16* dv, 
             }
 #pragma unroll
             for (int c = 0; c < ROWS / 16; c++) {
-                const unsigned a[4] = {pack(p[2 * c][0], p[2 * c][1]), pack(p[2 * c][2], p[2 * c][3]),
-                                       pack(p[2 * c + 1][0], p[2 * c + 1][1]), pack(p[2 * c + 1][2], p[2 * c + 1][3])};
+                const unsigned a[4] = {bf16_pair(p[2 * c][0], p[2 * c][1]), bf16_pair(p[2 * c][2], p[2 * c][3]),
+                                       bf16_pair(p[2 * c + 1][0], p[2 * c + 1][1]), bf16_pair(p[2 * c + 1][2], p[2 * c + 1][3])};
 #pragma unroll
                 for (int n = 0; n < D / 16; n++) {
                     unsigned b[4];
-                    ldmatrix_transposed(b, (dout_turned ^ (n * 32)) + c * 16 * D * 2);
-                    mma(dv_acc[2 * n], a, b[0], b[1]), mma(dv_acc[2 * n + 1], a, b[2], b[3]);
+                    load_transposed(b, (dout_turned ^ (n * 32)) + c * 16 * D * 2);
+                    multiply(dv_acc[2 * n], a, b[0], b[1]), multiply(dv_acc[2 * n + 1], a, b[2], b[3]);
                 }
             }
 #pragma unroll
             for (int c = 0; c < ROWS / 16; c++) {
-                const unsigned a[4] = {pack(ds[2 * c][0], ds[2 * c][1]), pack(ds[2 * c][2], ds[2 * c][3]),
-                                       pack(ds[2 * c + 1][0], ds[2 * c + 1][1]), pack(ds[2 * c + 1][2], ds[2 * c + 1][3])};
+                const unsigned a[4] = {bf16_pair(ds[2 * c][0], ds[2 * c][1]), bf16_pair(ds[2 * c][2], ds[2 * c][3]),
+                                       bf16_pair(ds[2 * c + 1][0], ds[2 * c + 1][1]), bf16_pair(ds[2 * c + 1][2], ds[2 * c + 1][3])};
 #pragma unroll
                 for (int n = 0; n < D / 16; n++) {
                     unsigned b[4];
-                    ldmatrix_transposed(b, (q_turned ^ (n * 32)) + c * 16 * D * 2);
-                    mma(dk_acc[2 * n], a, b[0], b[1]), mma(dk_acc[2 * n + 1], a, b[2], b[3]);
+                    load_transposed(b, (q_turned ^ (n * 32)) + c * 16 * D * 2);
+                    multiply(dk_acc[2 * n], a, b[0], b[1]), multiply(dk_acc[2 * n + 1], a, b[2], b[3]);
                 }
             }
         }
@@ -403,28 +359,28 @@ __device__ __forceinline__ void backward_dq(bf16* dq, ll dq_stride, const bf16* 
     unsigned q_regs[D / 16][4], dout_regs[D / 16][4];
     copy_rows<D, TILE, THREADS>(base, q, q_stride, start, end);
     copy_rows<D, TILE, THREADS>(base + TILE * D * 2, dout, dout_stride, start, end);
-    commit();
-    wait<0>();
+    commit_copies();
+    await_copies<0>();
     __syncthreads();
     const unsigned q_place = place_a<D>(base + warp * 16 * D * 2), dout_place = place_a<D>(base + (TILE + warp * 16) * D * 2);
 #pragma unroll
     for (int c = 0; c < D / 16; c++) {
-        ldmatrix(q_regs[c], q_place ^ (c * 32));
-        ldmatrix(dout_regs[c], dout_place ^ (c * 32));
+        load_matrices(q_regs[c], q_place ^ (c * 32));
+        load_matrices(dout_regs[c], dout_place ^ (c * 32));
     }
     __syncthreads();
     copy_rows<D, KEYS, THREADS>(base, k, k_stride, tile.z, end);
     copy_rows<D, KEYS, THREADS>(base + KEYS * D * 2, v, v_stride, tile.z, end);
-    commit();
+    commit_copies();
     unsigned stage = 0;
     for (int first = tile.z; first < end; first += KEYS) {
-        wait<0>();
+        await_copies<0>();
         __syncthreads();
         if (first + KEYS < end) {
             copy_rows<D, KEYS, THREADS>(base + (stage ^ STAGE), k, k_stride, first + KEYS, end);
             copy_rows<D, KEYS, THREADS>(base + (stage ^ STAGE) + KEYS * D * 2, v, v_stride, first + KEYS, end);
         }
-        commit();
+        commit_copies();
         if (first <= warp_first + 15) {
             const unsigned k_place = place_b<D>(base + stage), v_place = place_b<D>(base + stage + KEYS * D * 2),
                            k_turned = place_a<D>(base + stage);
@@ -434,16 +390,16 @@ __device__ __forceinline__ void backward_dq(bf16* dq, ll dq_stride, const bf16* 
 #pragma unroll
                 for (int n = 0; n < KEYS / 16; n++) {
                     unsigned b[4];
-                    ldmatrix(b, (k_place ^ (c * 32)) + n * 16 * D * 2);
-                    mma(p[2 * n], q_regs[c], b[0], b[1]), mma(p[2 * n + 1], q_regs[c], b[2], b[3]);
+                    load_matrices(b, (k_place ^ (c * 32)) + n * 16 * D * 2);
+                    multiply(p[2 * n], q_regs[c], b[0], b[1]), multiply(p[2 * n + 1], q_regs[c], b[2], b[3]);
                 }
 #pragma unroll
             for (int c = 0; c < D / 16; c++)
 #pragma unroll
                 for (int n = 0; n < KEYS / 16; n++) {
                     unsigned b[4];
-                    ldmatrix(b, (v_place ^ (c * 32)) + n * 16 * D * 2);
-                    mma(ds[2 * n], dout_regs[c], b[0], b[1]), mma(ds[2 * n + 1], dout_regs[c], b[2], b[3]);
+                    load_matrices(b, (v_place ^ (c * 32)) + n * 16 * D * 2);
+                    multiply(ds[2 * n], dout_regs[c], b[0], b[1]), multiply(ds[2 * n + 1], dout_regs[c], b[2], b[3]);
                 }
             const bool masked = first + KEYS - 1 > warp_first;
 #pragma unroll
@@ -456,13 +412,13 @@ __device__ __forceinline__ void backward_dq(bf16* dq, ll dq_stride, const bf16* 
                 }
 #pragma unroll
             for (int c = 0; c < KEYS / 16; c++) {
-                const unsigned a[4] = {pack(ds[2 * c][0], ds[2 * c][1]), pack(ds[2 * c][2], ds[2 * c][3]),
-                                       pack(ds[2 * c + 1][0], ds[2 * c + 1][1]), pack(ds[2 * c + 1][2], ds[2 * c + 1][3])};
+                const unsigned a[4] = {bf16_pair(ds[2 * c][0], ds[2 * c][1]), bf16_pair(ds[2 * c][2], ds[2 * c][3]),
+                                       bf16_pair(ds[2 * c + 1][0], ds[2 * c + 1][1]), bf16_pair(ds[2 * c + 1][2], ds[2 * c + 1][3])};
 #pragma unroll
                 for (int n = 0; n < D / 16; n++) {
                     unsigned b[4];
-                    ldmatrix_transposed(b, (k_turned ^ (n * 32)) + c * 16 * D * 2);
-                    mma(acc[2 * n], a, b[0], b[1]), mma(acc[2 * n + 1], a, b[2], b[3]);
+                    load_transposed(b, (k_turned ^ (n * 32)) + c * 16 * D * 2);
+                    multiply(acc[2 * n], a, b[0], b[1]), multiply(acc[2 * n + 1], a, b[2], b[3]);
                 }
             }
         }

@@ -47,6 +47,16 @@ __device__ __forceinline__ uint32_t f16_pair(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 2^x in one instruction; a result below 2^-126 is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The 32-bit address that instructions on shared memory take.
+__device__ __forceinline__ uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+
 // ---------------------------------------------------------------- groups of eight
 
 // Eight values as they lie in memory: kept like this they take half the registers of their f32 forms.

@@ -21,13 +21,6 @@ constexpr int THREADS = 1024;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr double LN_2 = 0.6931471805599453;
 
-// 2^x in one instruction; a result below 2^-126 is 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Of some values x the maximum, `shift` = maximum * log2(e) as f32 has it, and the sum of 2^(x * log2(e) - shift): the logarithm of
 // the sum of exp(x) is then ln(2) * (log2(sum) + shift), however the product was rounded.
 struct Sum {

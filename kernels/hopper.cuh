@@ -7,14 +7,10 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <stdint.h>
+
+#include "common.cuh"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // mbarriers: 8 bytes in shared memory each. A phase ends when `count` arrivals and all expected bytes came in.

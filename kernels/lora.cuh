@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "mma.cuh"
 
 // engine/src/ops/cuda/lora.rs names all of these too.
 constexpr int MAX_PROJECTIONS = 3;
@@ -44,8 +44,6 @@ namespace {
 // 16-byte units of a row of a tile in shared memory: an odd number, so that eight rows lie in all banks.
 __host__ __device__ constexpr int row_units(int values) { return values / GROUP | 1; }
 
-__device__ __forceinline__ uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
-
 // Copies 8 values to shared memory in the background; those from `left` on are 0. `from` is 16-byte aligned.
 __device__ __forceinline__ void copy_group(uint32_t to, const bf16* from, int left) {
     const int bytes = min(max(left, 0), GROUP) * int(sizeof(bf16));
@@ -59,35 +57,6 @@ __device__ __forceinline__ void copy_unaligned(uint32_t to, const bf16* from, in
     const uint4 words = pack<bf16>(values).words[0];
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
                  : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int LEFT>
-__device__ __forceinline__ void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row)
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(row)
-                 : "memory");
-}
-
-// sums (16, 8) += left (16, 16) right (16, 8).
-__device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left)[4], uint32_t right_low, uint32_t right_high) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_low), "r"(right_high));
 }
 
 // Blocks of each tile that have left their part: 0 before and after every launch.
