@@ -15,11 +15,11 @@ constexpr int SPLIT = 4;
 // Rows (or columns) of the tall matrix in a tile.
 constexpr int TILE = 128;
 // Depth of a step of the sum, and steps that are on their way at a time.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900
-// These have 99 KiB of shared memory for a block.
-constexpr int STEP = 64, STAGES = 3;
-#else
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 constexpr int STEP = 64, STAGES = 4;
+#else
+// Some of these have 99 KiB of shared memory for a block, and code for sm_80 runs on all of 8.x.
+constexpr int STEP = 64, STAGES = 3;
 #endif
 // Columns of the small operand that a pass covers at most, so that its sums stay in registers.
 constexpr int MAX_WIDTH = 96;

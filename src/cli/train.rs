@@ -338,8 +338,14 @@ fn tell_estimate(
 ) -> anyhow::Result<()> {
     // Memory is looked at before the passes that measure the rate take theirs.
     let before = train::estimate(spec, model, dataset, validation, None, device)?;
-    let rate = train::measure_rate(spec, model, dataset, device)?;
-    let timed = train::estimate(spec, model, dataset, validation, Some(rate), device)?;
+    let rate = match train::measure_rate(spec, model, dataset, device) {
+        Err(error @ lorad_engine::Error::DeviceMemory { .. }) => {
+            eprintln!("no rate was measured: {error}");
+            None
+        }
+        rate => Some(rate?),
+    };
+    let timed = train::estimate(spec, model, dataset, validation, rate, device)?;
     let estimate = Estimate { seconds: timed.seconds, ..before };
     let mut out = std::io::stdout().lock();
     let fields = serde_json::to_value(&estimate)?;
@@ -347,7 +353,9 @@ fn tell_estimate(
     for (name, value) in fields.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
         writeln!(out, "{name} {value}")?;
     }
-    writeln!(out, "tokens_per_second {rate:.1}")?;
+    if let Some(rate) = rate {
+        writeln!(out, "tokens_per_second {rate:.1}")?;
+    }
     for &quantization in quantizations {
         writeln!(out, "gguf_{}_bytes {}", quantization.name(), merged_gguf_bytes(merge, quantization)?)?;
     }

@@ -292,7 +292,7 @@ fn of_training(
     tracing::warn!(%device, %error, "the training found too little memory");
     match train::fit_now(spec, llama, dataset, validation, ordinal) {
         Ok(fit) if !fit.fits => Fault::DoesNotFit(fit),
-        Ok(_) => Fault::MemoryOfOthers(error),
+        Ok(_) | Err(lorad_engine::Error::DeviceMemory { .. }) => Fault::MemoryOfOthers(error),
         Err(unknown) => {
             tracing::warn!(%device, %unknown, "what is free there cannot be told");
             Fault::Other(error)

@@ -50,7 +50,7 @@ pub(super) struct Header {
     pub(super) trained_tokens: u64,
     /// What must be the same for the run to go on: specification, model, data.
     pub(super) run: String,
-    /// Blocks that keep their activations, decided once a run.
+    /// Blocks that keep their activations; with `auto` chosen again where the run is resumed.
     pub(super) kept_layers: usize,
     pub(super) optimizer: Optimizer,
     /// Type of the operands of products, decided once a run.

@@ -36,7 +36,7 @@ pub struct Start<'a> {
     /// Data set that is evaluated every `eval_steps`, or at the end of each epoch, and at the run's end.
     pub validation: Option<&'a Dataset>,
     /// On the CPU, bytes that the LoRA's state and activations may take with `gradient_checkpointing: auto`; `None`: nine tenths of what is
-    /// free. Decided once a run: a checkpoint has it.
+    /// free. Decided when a run begins and when it is resumed.
     pub memory_budget_bytes: Option<u64>,
     /// Longest time without a checkpoint; `None`: only the listed ones.
     pub checkpoint_interval: Option<Duration>,

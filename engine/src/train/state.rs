@@ -84,15 +84,12 @@ impl State {
                 return Err(Error::Checkpoint(message.to_owned()));
             }
             let Header { kept_layers, compute, .. } = checkpoint.header;
-            // It changes no bit of the result: who has less room now keeps less.
+            // It changes no bit of the result: `auto` keeps what there is room for now.
             let is_auto = spec.training.gradient_checkpointing == GradientCheckpointing::Auto;
             let wanted = match (is_auto, start.device) {
                 (false, _) => Some(kept_layers),
                 (true, Device::Cuda(_)) => None,
-                (true, Device::Cpu) => {
-                    let room = estimate::kept_layers(spec, model, dataset, start.memory_budget_bytes)?;
-                    Some(kept_layers.min(room))
-                }
+                (true, Device::Cpu) => Some(estimate::kept_layers(spec, model, dataset, start.memory_budget_bytes)?),
             };
             let on = On::new(spec, model, &layout, (dataset, &start), (wanted, compute))?;
             checkpoint.header.kept_layers = on.kept_layers().or(wanted).unwrap_or(kept_layers);
@@ -197,7 +194,7 @@ impl State {
         let Some(rule) = spec.training.early_stopping else { return Ok(()) };
         let best = Best::after(self.best(), rule, self.step(), evaluation.loss);
         if best.since == 0 {
-            self.read_from_gpu()?;
+            self.read_parameters_from_gpu()?;
             self.checkpoint.best = Some(self.checkpoint.parameters.copy()?);
         }
         self.checkpoint.header.best = Some(best);
@@ -211,8 +208,8 @@ impl State {
     }
 
     /// The LoRA as it is; of a completed run that of the best evaluation, where there is one.
-    pub(super) fn into_result(mut self, completed: bool) -> Result<LoraParams> {
-        self.read_from_gpu()?;
+    pub(super) fn into_result(self, completed: bool) -> Result<LoraParams> {
+        self.read_parameters_from_gpu()?;
         match self.checkpoint.best.filter(|_| completed) {
             Some(best) => LoraParams::new(self.lora.layout().clone(), best),
             None => Ok(self.lora),
@@ -241,10 +238,15 @@ impl State {
         }
     }
 
+    fn read_parameters_from_gpu(&self) -> Result<()> {
+        let On::Gpu(trainer) = &self.on else { return Ok(()) };
+        host_mut(&self.checkpoint.parameters, |values| trainer.read_parameters(values))
+    }
+
     /// Reads parameters and moments from where they are trained.
     fn read_from_gpu(&mut self) -> Result<()> {
+        self.read_parameters_from_gpu()?;
         let On::Gpu(trainer) = &self.on else { return Ok(()) };
-        host_mut(&self.checkpoint.parameters, |values| trainer.read_parameters(values))?;
         match &mut self.checkpoint.moments {
             Moments::F32(values) => host_mut(values, |values| trainer.read_moments(HostMoments::F32(values))),
             Moments::EightBit(moments) => trainer.read_moments(HostMoments::EightBit(moments)),

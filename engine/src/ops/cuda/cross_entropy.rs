@@ -2,17 +2,15 @@
 
 use std::rc::Rc;
 
-use cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-
 use super::flat::{launch, of_type};
-use super::{Buffer, Dtype, Gpu, Launch, Mat, failed};
+use super::{Buffer, Dtype, Gpu, Launch, Mat};
 use crate::Result;
 use crate::ops::cross_entropy::Loss;
 
 /// Threads of a block, which has one row; kernels/cross_entropy.cu names it too.
 const THREADS: u32 = 1024;
 /// Shared memory that is left to a block's sums.
-const OTHER_BYTES: i32 = 1024;
+const OTHER_BYTES: usize = 1024;
 
 /// What the losses of many chunks come to, added up on the GPU.
 #[derive(Debug)]
@@ -31,8 +29,7 @@ impl Losses {
     /// # Errors
     /// As [`Buffer::new`].
     pub(crate) fn new(gpu: &Rc<Gpu>, rows: usize) -> Result<Self> {
-        let most = gpu.context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
-        let shared_bytes = (most.map_err(failed("asking the GPU"))? - OTHER_BYTES).max(0) as u32;
+        let shared_bytes = gpu.shared_bytes.saturating_sub(OTHER_BYTES) as u32;
         let (per_row, totals) = (Buffer::new(gpu, 8 * rows)?, Buffer::zeros(gpu, 16)?);
         Ok(Self { per_row, rows, totals, shared_bytes })
     }

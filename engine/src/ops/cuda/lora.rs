@@ -85,14 +85,9 @@ impl Passes {
     }
 }
 
-/// Whether a block may have 163 KiB of shared memory, not 99.
-fn has_large_shared(gpu: &Gpu) -> bool {
-    !(gpu.capability.0 == 8 && gpu.capability.1 > 0)
-}
-
 /// Steps that are on their way at a time; kernels/lora.cuh names them too.
 fn stages(gpu: &Gpu) -> usize {
-    if has_large_shared(gpu) { 4 } else { 3 }
+    if (9..12).contains(&gpu.capability.0) { 4 } else { 3 }
 }
 
 /// 16-byte units of a row in shared memory.
@@ -121,6 +116,16 @@ pub(crate) fn partial_values(sizes: &Sizes, tokens: usize) -> usize {
         u.max(apart).max(together)
     };
     Group::ALL.into_iter().map(of_group).max().unwrap_or(0)
+}
+
+/// Most tokens of a micro-batch: the kernels' tiles are counted.
+pub(crate) fn most_tokens(sizes: &Sizes) -> usize {
+    let launches = |group: Group| {
+        let extension = sizes.group(group).extension;
+        let apart = group.targets().len() * Passes::of(sizes.padded_rank).count;
+        if extension == 0 { 1 } else { Passes::of(extension).count.max(apart) }
+    };
+    MAX_TILES / Group::ALL.into_iter().map(launches).max().unwrap_or(1) * TILE
 }
 
 /// Writes A's rows and s·B's columns into W'.
@@ -195,6 +200,19 @@ impl Outputs<'_> {
         self.u.columns / self.columns.len()
     }
 
+    /// Where the gradients of each projection's B stand.
+    fn gradients(&self, gradients: &[Option<Mat<'_>>]) -> GradientGroup {
+        assert!(gradients.len() == self.columns.len(), "lora: a gradient or none for each projection");
+        let (mut group, padded_rank) = (gradient_group(gradients, self.scale), self.padded_rank());
+        for ((place, &columns), gradient) in group.outputs.iter_mut().zip(self.columns).zip(gradients) {
+            let fits =
+                gradient.is_none_or(|it| it.rows == columns && it.columns <= padded_rank && it.columns == it.stride);
+            assert!(fits, "lora db: {gradient:?} of {columns} outputs");
+            *place = columns as i32;
+        }
+        group
+    }
+
     /// Tiles of that width, each within a projection, from multiples of 8 on.
     fn tiles(&self, width: usize) -> usize {
         let (mut first, mut tiles) = (0, 0);
@@ -214,31 +232,24 @@ pub(crate) fn backward_outputs(
     gradients: &[Option<Mat<'_>>],
     outputs: &Outputs<'_>,
 ) -> Result<()> {
-    let Outputs { dy, columns, u, scaled_b, scale } = *outputs;
+    let Outputs { dy, columns, u, scaled_b, .. } = *outputs;
     let padded_rank = outputs.padded_rank();
     let all: usize = columns.iter().sum();
     assert!(dy.columns == all && u.shape() == (dy.rows, columns.len() * padded_rank), "lora: {outputs:?}");
     assert!(du.shape() == u.shape() && scaled_b.shape() == (all, u.columns), "lora: {du:?} of {outputs:?}");
-    assert!(gradients.len() == columns.len(), "lora: a gradient or none for each projection");
     assert_type("lora", dy.dtype, &[u, scaled_b, du]);
-    let mut group = gradient_group(gradients, scale);
-    for ((place, &columns), gradient) in group.outputs.iter_mut().zip(columns).zip(gradients) {
-        let fits = gradient.is_none_or(|it| it.rows == columns && it.columns <= padded_rank && it.columns == it.stride);
-        assert!(fits, "lora db: {gradient:?} of {columns} outputs");
-        *place = columns as i32;
+    let group = outputs.gradients(gradients);
+    let width = width_of_one_pass(padded_rank);
+    let shared = shared_of_one_pass(width);
+    if dy.dtype == Dtype::F32 || padded_rank > MAX_RANK_OF_ONE_PASS || shared > gpu.shared_bytes {
+        return backward_apart(gpu, partials, du, &group, outputs);
     }
-    if dy.dtype == Dtype::F32 || padded_rank > MAX_RANK_OF_ONE_PASS || !has_large_shared(gpu) {
-        du_of(gpu, partials, du, outputs)?;
-        return db_of(gpu, partials, &group, outputs);
-    }
-    let (width, strips) = (width_of_one_pass(padded_rank), outputs.tiles(STRIP));
+    let strips = outputs.tiles(STRIP);
     let sums = strips * dy.rows * width;
     let needed = sums + strips * SHARES * STRIP * width;
     assert_type("lora: partials", Dtype::F32, &[partials]);
     assert!(strips <= MAX_TILES && partials.rows * partials.columns >= needed, "lora: {needed} in {partials:?}");
     let (of_du, of_db) = (partials.pointer, partials.pointer + 4 * sums as u64);
-    let units = row_units(width);
-    let shared = 16 * (OUTPUT_STAGES * STEP * (row_units(STRIP) + units) + STRIP * units + 32 * width);
     let launch = gpu.launch("lora_du_db_bf16")?.grid_3d((SHARES as u32, strips as u32, 1), 256).shared(shared as u32);
     let launch = launch.arg(&group).mat(dy).mat(u).mat(scaled_b).long(of_du).long(of_db);
     // SAFETY: shapes, the room for parts and the number of strips were checked.
@@ -247,6 +258,24 @@ pub(crate) fn backward_outputs(
     let launch = gpu.launch("lora_du_sum_bf16")?.grid(blocks as u32, 128).mat(du).long(of_du).arg(&group);
     // SAFETY: as above.
     unsafe { launch.int(dy.rows).int(padded_rank).run() }
+}
+
+/// The two in a kernel each: for f32, large ranks, and cards whose blocks have too little shared memory for both.
+fn backward_apart(
+    gpu: &Gpu,
+    partials: Mat<'_>,
+    du: Mat<'_>,
+    group: &GradientGroup,
+    outputs: &Outputs<'_>,
+) -> Result<()> {
+    du_of(gpu, partials, du, outputs)?;
+    db_of(gpu, partials, group, outputs)
+}
+
+/// Bytes of shared memory of the kernel that does both.
+fn shared_of_one_pass(width: usize) -> usize {
+    let units = row_units(width);
+    16 * (OUTPUT_STAGES * STEP * (row_units(STRIP) + units) + STRIP * units + 32 * width)
 }
 
 /// Columns that a projection has in the sums of one pass.
@@ -431,7 +460,8 @@ mod tests {
             for case in &CASES {
                 for tokens in [1, 7, 300] {
                     check_forward(&gpu, case, tokens, dtype);
-                    check_backward(&gpu, case, tokens, dtype);
+                    check_outputs(&gpu, case, tokens, dtype);
+                    check_da(&gpu, case, tokens, dtype);
                 }
             }
         }
@@ -455,51 +485,78 @@ mod tests {
         assert_eq!(out.values(), again.values(), "{name}: another time");
     }
 
-    fn check_backward(gpu: &Rc<Gpu>, case: &Case, tokens: usize, dtype: Dtype) {
-        let (inputs, columns, width, padded_rank) = (case.inputs, case.columns(), case.width(), case.padded_rank());
-        let name = |what: &str| format!("{what} of {tokens} × {columns}, {width} wide, {dtype:?}");
-        let values = |seed, count| rounded(&random(seed, count), dtype);
-        let (dy, x, u) = (values(3, tokens * columns), values(4, tokens * inputs), values(5, tokens * width));
-        // Block-diagonal: zero where a row is no output of the column's projection.
-        let mut scaled_b = values(6, columns * width);
-        for (index, value) in scaled_b.iter_mut().enumerate() {
+    /// Gradients that begin with 2, since they are added to; the last projection has no LoRA where there are several.
+    fn begun(gpu: &Rc<Gpu>, case: &Case, shape: impl Fn(usize) -> (usize, usize)) -> Vec<Option<Held>> {
+        let has_lora = |projection: usize| projection == 0 || projection + 1 < case.outputs.len();
+        let held = |(rows, columns)| Held::of(gpu, &vec![2.0; rows * columns], (rows, columns), columns, Dtype::F32);
+        (0..case.outputs.len()).map(|projection| has_lora(projection).then(|| held(shape(projection)))).collect()
+    }
+
+    fn add(sums: Vec<f32>, scale: f32) -> Vec<f32> {
+        sums.into_iter().map(|sum| 2.0 + scale * sum).collect()
+    }
+
+    /// s·B in its blocks: zero where a row is no output of the column's projection.
+    fn block_diagonal(case: &Case, mut values: Vec<f32>) -> Vec<f32> {
+        let (width, padded_rank) = (case.width(), case.padded_rank());
+        for (index, value) in values.iter_mut().enumerate() {
             let (row, projection) = (index / width, index % width / padded_rank);
             let first = case.first(projection);
             if !(first..first + case.outputs[projection]).contains(&row) {
                 *value = 0.0;
             }
         }
+        values
+    }
+
+    /// du and dB, in the way that the card and the rank choose, and in a kernel each.
+    fn check_outputs(gpu: &Rc<Gpu>, case: &Case, tokens: usize, dtype: Dtype) {
+        let (columns, width, padded_rank) = (case.columns(), case.width(), case.padded_rank());
+        let values = |seed, count| rounded(&random(seed, count), dtype);
+        let (dy, u) = (values(3, tokens * columns), values(5, tokens * width));
+        let scaled_b = block_diagonal(case, values(6, columns * width));
         let held = |values: &[f32], rows, columns: usize, stride| Held::of(gpu, values, (rows, columns), stride, dtype);
         let aligned = |columns: usize| columns.next_multiple_of(GROUP) + 8;
-        let partials = partials(gpu);
-        let (dy_held, b_held) =
-            (held(&dy, tokens, columns, aligned(columns)), held(&scaled_b, columns, width, aligned(inputs + width)));
-        let out = Held::poisoned(gpu, (tokens, width), aligned(width), dtype);
-        // Gradients add to what is there; the last projection has no LoRA where there are several.
-        let has_lora = |projection: usize| projection == 0 || projection + 1 < case.outputs.len();
-        let (x_held, u_held) = (held(&x, tokens, inputs, aligned(inputs)), held(&u, tokens, width, width));
-        let of_each = |shape: &dyn Fn(usize) -> (usize, usize)| -> Vec<Option<Held>> {
-            let shapes = (0..case.outputs.len()).map(|projection| has_lora(projection).then(|| shape(projection)));
-            let begun =
-                |(rows, columns)| Held::of(gpu, &vec![2.0; rows * columns], (rows, columns), columns, Dtype::F32);
-            shapes.map(|shape| shape.map(begun)).collect()
-        };
-        let (dbs, das) = (of_each(&|p| (case.outputs[p], case.rank)), of_each(&|_| (case.rank, inputs)));
+        let (dy_held, u_held) = (held(&dy, tokens, columns, aligned(columns)), held(&u, tokens, width, width));
+        let b_held = held(&scaled_b, columns, width, aligned(case.inputs + width));
         let outputs =
             Outputs { dy: dy_held.mat(), columns: case.outputs, u: u_held.mat(), scaled_b: b_held.mat(), scale: 0.5 };
-        backward_outputs(gpu, partials.row(Dtype::F32), out.mat(), &mats(&dbs), &outputs).unwrap();
-        let expected = product(&dy, &transposed(&scaled_b, width), columns);
-        assert_near(&name("du"), &out.values(), &expected, tolerance(dtype));
-        da(gpu, partials.row(Dtype::F32), &mats(&das), (u_held.mat(), x_held.mat())).unwrap();
-        for (projection, (db, da)) in dbs.iter().zip(&das).enumerate() {
-            let (Some(db), Some(da)) = (db, da) else { continue };
-            let u_of = transposed(&columns_of(&u, width, projection * padded_rank, case.rank), case.rank);
-            let dy_of = columns_of(&dy, columns, case.first(projection), case.outputs[projection]);
-            let add = |sums: Vec<f32>, scale: f32| sums.into_iter().map(|sum| 2.0 + scale * sum).collect::<Vec<_>>();
-            let expected = add(product(&transposed(&dy_of, case.outputs[projection]), &u_of, tokens), 0.5);
-            assert_near(&name("dB"), &db.values(), &expected, 1e-5);
-            let expected = add(product(&u_of, &transposed(&x, inputs), tokens), 1.0);
-            assert_near(&name("dA"), &da.values(), &expected, 1e-5);
+        let partials = partials(gpu);
+        for way in ["chosen", "apart"] {
+            let name = |what: &str| format!("{what} of {tokens} × {columns}, {width} wide, {dtype:?}, {way}");
+            let out = Held::poisoned(gpu, (tokens, width), aligned(width), dtype);
+            let dbs = begun(gpu, case, |projection| (case.outputs[projection], case.rank));
+            let room = partials.row(Dtype::F32);
+            match way {
+                "chosen" => backward_outputs(gpu, room, out.mat(), &mats(&dbs), &outputs).unwrap(),
+                _ => backward_apart(gpu, room, out.mat(), &outputs.gradients(&mats(&dbs)), &outputs).unwrap(),
+            }
+            let expected = product(&dy, &transposed(&scaled_b, width), columns);
+            assert_near(&name("du"), &out.values(), &expected, tolerance(dtype));
+            for (projection, db) in dbs.iter().enumerate() {
+                let Some(db) = db else { continue };
+                let u_of = transposed(&columns_of(&u, width, projection * padded_rank, case.rank), case.rank);
+                let dy_of = columns_of(&dy, columns, case.first(projection), case.outputs[projection]);
+                let sums = product(&transposed(&dy_of, case.outputs[projection]), &u_of, tokens);
+                assert_near(&name("dB"), &db.values(), &add(sums, 0.5), 1e-5);
+            }
+        }
+    }
+
+    fn check_da(gpu: &Rc<Gpu>, case: &Case, tokens: usize, dtype: Dtype) {
+        let (inputs, width, padded_rank) = (case.inputs, case.width(), case.padded_rank());
+        let values = |seed, count| rounded(&random(seed, count), dtype);
+        let (x, du) = (values(4, tokens * inputs), values(5, tokens * width));
+        let x_held = Held::of(gpu, &x, (tokens, inputs), inputs.next_multiple_of(GROUP) + 8, dtype);
+        let du_held = Held::of(gpu, &du, (tokens, width), width, dtype);
+        let das = begun(gpu, case, |_| (case.rank, inputs));
+        da(gpu, partials(gpu).row(Dtype::F32), &mats(&das), (du_held.mat(), x_held.mat())).unwrap();
+        for (projection, da) in das.iter().enumerate() {
+            let Some(da) = da else { continue };
+            let du_of = transposed(&columns_of(&du, width, projection * padded_rank, case.rank), case.rank);
+            let sums = product(&du_of, &transposed(&x, inputs), tokens);
+            let name = format!("dA of {tokens} × {inputs}, {width} wide, {dtype:?}");
+            assert_near(&name, &da.values(), &add(sums, 1.0), 1e-5);
         }
     }
 }

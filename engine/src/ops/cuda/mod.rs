@@ -136,6 +136,8 @@ pub(crate) struct Gpu {
     pub(crate) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(crate) multiprocessors: u32,
+    /// Bytes of shared memory that a block may ask for.
+    pub(crate) shared_bytes: usize,
 }
 
 impl Gpu {
@@ -155,8 +157,12 @@ impl Gpu {
         for module in &modules {
             kernels.extend(functions_of(*module).map_err(failed("listing the kernels"))?);
         }
-        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let multiprocessors = context.attribute(attribute).map_err(failed("asking the GPU"))? as u32;
+        use sys::CUdevice_attribute_enum::{
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES,
+            CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
+        };
+        let attribute = |which| context.attribute(which).map_err(failed("asking the GPU"));
+        let (multiprocessors, shared_bytes) = (attribute(MULTIPROCESSORS)? as u32, attribute(SHARED_BYTES)? as usize);
         let gpu = Self {
             context,
             stream,
@@ -167,6 +173,7 @@ impl Gpu {
             allocated_bytes: Cell::new(0),
             capability: device.compute_capability,
             multiprocessors,
+            shared_bytes,
         };
         let gpu = Rc::new(gpu);
         *gpu.gemm.borrow_mut() = Some(Gemm::new(&gpu)?);

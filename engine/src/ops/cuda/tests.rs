@@ -9,9 +9,10 @@ use crate::data::{MicroBatch, NO_LABEL};
 use crate::gguf::GgufFile;
 use crate::model::{Llama, MicroStep};
 use crate::ops::adamw::{self, Update};
+use crate::ops::adamw_8bit::{self, Moments as EightBitMoments};
 use crate::ops::dropout::Dropout;
-use crate::ops::host;
 use crate::ops::matmul::Compute;
+use crate::ops::{host, host_mut};
 use crate::quant::BlockType;
 use crate::spec::{LoraSpec, Optimizer, Target, TrainSpec};
 use crate::testing::{TinyModel, normal};
@@ -46,7 +47,7 @@ fn lora(model: &Llama, rank: u32, targets: &[Target]) -> LoraParams {
     let spec = LoraSpec { r: rank, target_modules: targets.to_vec(), ..TrainSpec::default().lora };
     let lora = LoraParams::zeros(LoraLayout::new(&spec, &model.config().shape)).unwrap();
     let mut random = ChaCha8Rng::seed_from_u64(5);
-    crate::ops::host_mut(lora.flat(), |values| {
+    host_mut(lora.flat(), |values| {
         values.fill_with(|| 0.05 * normal(&mut random));
         Ok(())
     })
@@ -202,6 +203,56 @@ fn kept_layers_resident_weights_and_repetition_change_no_bit() {
     }
 }
 
+/// Moments of either kind, with room for both.
+struct Moments {
+    optimizer: Optimizer,
+    f32: candle_core::Tensor,
+    eight_bit: EightBitMoments,
+}
+
+impl Moments {
+    fn zeros(optimizer: Optimizer, layout: &LoraLayout) -> Self {
+        let f32 = candle_core::Tensor::zeros((2, layout.len()), candle_core::DType::F32, &candle_core::Device::Cpu);
+        Self { optimizer, f32: f32.unwrap(), eight_bit: EightBitMoments::zeros(&layout.tensors()) }
+    }
+
+    /// Those on the GPU.
+    fn of(trainer: &Trainer, optimizer: Optimizer, layout: &LoraLayout) -> Self {
+        let mut moments = Self::zeros(optimizer, layout);
+        moments.exchange(|moments| trainer.read_moments(moments));
+        moments
+    }
+
+    fn exchange(&mut self, with: impl FnOnce(HostMoments<'_>) -> crate::Result<()>) {
+        match self.optimizer {
+            Optimizer::AdamW => host_mut(&self.f32, |values| with(HostMoments::F32(values))).unwrap(),
+            Optimizer::AdamW8bit => with(HostMoments::EightBit(&mut self.eight_bit)).unwrap(),
+        }
+    }
+
+    fn step(&mut self, parameters: &LoraParams, gradient: &LoraParams, update: Update) {
+        let (values, gradient) = (parameters.flat(), gradient.flat());
+        match self.optimizer {
+            Optimizer::AdamW => adamw::step(values, &self.f32, gradient, update),
+            Optimizer::AdamW8bit => {
+                let tensors = parameters.layout().tensors();
+                adamw_8bit::step(values, &tensors, &mut self.eight_bit, gradient, update)
+            }
+        }
+        .unwrap();
+    }
+}
+
+fn update(step: u32, norm: f64) -> Update {
+    Update { step, learning_rate: 1e-3, weight_decay: 0.01, clip_factor: adamw::clip_factor(norm, 1.0) }
+}
+
+fn parameters_of(trainer: &Trainer) -> Vec<f32> {
+    let mut values = vec![0f32; trainer.parameter_count()];
+    trainer.read_parameters(&mut values).unwrap();
+    values
+}
+
 #[test]
 fn steps_of_the_optimizer_follow_the_cpus() {
     let Some(_) = gpu() else { return };
@@ -214,9 +265,7 @@ fn steps_of_the_optimizer_follow_the_cpus() {
         let layout = start.layout();
         let (gradient, values) = (LoraParams::zeros(Arc::clone(layout)).unwrap(), start.flat().copy().unwrap());
         let cpu = LoraParams::new(Arc::clone(layout), values).unwrap();
-        let mut eight_bit = crate::ops::adamw_8bit::Moments::zeros(&layout.tensors());
-        let moments =
-            candle_core::Tensor::zeros((2, layout.len()), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+        let mut moments = Moments::zeros(optimizer, layout);
         for step in 1..=5 {
             gradient.clear().unwrap();
             let loss = model.forward_backward(&batch, &cpu, &gradient, micro_step(Compute::F32, None)).unwrap();
@@ -224,38 +273,50 @@ fn steps_of_the_optimizer_follow_the_cpus() {
             let (sum, ..) = on_gpu(&mut trainer, &batch, micro_step(Compute::F32, None));
             let gpu_norm = trainer.gradient_norm().unwrap();
             assert!((gpu_norm - norm).abs() <= 1e-3 * norm && (sum - loss.sum).abs() <= 1e-3 * loss.sum, "step {step}");
-            let update = |norm| Update {
-                step,
-                learning_rate: 1e-3,
-                weight_decay: 0.01,
-                clip_factor: adamw::clip_factor(norm, 1.0),
-            };
-            trainer.step(update(gpu_norm)).unwrap();
-            match optimizer {
-                Optimizer::AdamW => adamw::step(cpu.flat(), &moments, gradient.flat(), update(norm)).unwrap(),
-                Optimizer::AdamW8bit => {
-                    let tensors = layout.tensors();
-                    crate::ops::adamw_8bit::step(cpu.flat(), &tensors, &mut eight_bit, gradient.flat(), update(norm))
-                        .unwrap();
-                }
-            }
+            trainer.step(update(step, gpu_norm)).unwrap();
+            moments.step(&cpu, &gradient, update(step, norm));
         }
-        let mut values = vec![0f32; layout.len()];
-        trainer.read_parameters(&mut values).unwrap();
         // Moments rounded to 8 bits may fall to either side.
         let tolerance = if optimizer == Optimizer::AdamW { 1e-4 } else { 3e-3 };
-        assert_near(&format!("{optimizer:?}"), &values, &host(cpu.flat()).unwrap(), tolerance);
-        let mut read = vec![0f32; 2 * layout.len()];
-        let mut read_8bit = crate::ops::adamw_8bit::Moments::zeros(&layout.tensors());
+        assert_near(&format!("{optimizer:?}"), &parameters_of(&trainer), &host(cpu.flat()).unwrap(), tolerance);
+        let read = Moments::of(&trainer, optimizer, layout);
         match optimizer {
-            Optimizer::AdamW => {
-                trainer.read_moments(HostMoments::F32(&mut read)).unwrap();
-                assert_near("moments", &read, &host(&moments).unwrap(), 1e-3);
-            }
+            Optimizer::AdamW => assert_near("moments", &host(&read.f32).unwrap(), &host(&moments.f32).unwrap(), 1e-3),
             Optimizer::AdamW8bit => {
-                trainer.read_moments(HostMoments::EightBit(&mut read_8bit)).unwrap();
-                assert!(read_8bit.fit(&layout.tensors()) && read_8bit.small.iter().any(|&moment| moment != 0.0));
+                let has_moved = read.eight_bit.small.iter().any(|&moment| moment != 0.0);
+                assert!(read.eight_bit.fit(&layout.tensors()) && has_moved);
             }
         }
+    }
+}
+
+#[test]
+fn moments_that_were_read_go_on_in_another_run_with_the_same_bits() {
+    let Some(_) = gpu() else { return };
+    let model = model(&shapes()[2]);
+    let batch = batch(&model, &[40, 20]);
+    for optimizer in [Optimizer::AdamW, Optimizer::AdamW8bit] {
+        let start = lora(&model, 8, &Target::ALL);
+        let layout = start.layout();
+        let setup = Setup { optimizer, ..setup(&start, Compute::F32, 64, None) };
+        let step = |trainer: &mut Trainer, step| {
+            on_gpu(trainer, &batch, micro_step(Compute::F32, None));
+            let norm = trainer.gradient_norm().unwrap();
+            trainer.step(update(step, norm)).unwrap();
+        };
+        let mut first = trainer(&model, &start, &setup);
+        step(&mut first, 1);
+        let mut second = trainer(&model, &start, &setup);
+        second.write_parameters(&parameters_of(&first)).unwrap();
+        let mut moments = Moments::of(&first, optimizer, layout);
+        moments.exchange(|moments| second.write_moments(&moments));
+        step(&mut first, 2);
+        step(&mut second, 2);
+        let bits = |trainer: &Trainer| parameters_of(trainer).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(&first), bits(&second), "{optimizer:?}");
+        let moments = [&first, &second].map(|trainer| Moments::of(trainer, optimizer, layout));
+        let [of_first, of_second] =
+            moments.each_ref().map(|moments| (&moments.eight_bit, host(&moments.f32).unwrap().to_vec()));
+        assert_eq!(of_first, of_second, "{optimizer:?}");
     }
 }

@@ -9,7 +9,7 @@ use super::gemm::WORKSPACE_BYTES;
 use super::sizes::{self, Group, Sizes};
 use super::step::{Gradient, Pass, refresh_resident};
 use super::weights::{DeviceModel, model_bytes};
-use super::{Buffer, Dtype, Gpu, Mat, Slab, adamw, attention};
+use super::{Buffer, Dtype, Gpu, Mat, Slab, adamw, attention, lora};
 use crate::adapter::LoraLayout;
 use crate::data::MicroBatch;
 use crate::model::{Llama, MicroStep, Shape};
@@ -18,7 +18,7 @@ use crate::ops::adamw_8bit::Moments as EightBitMoments;
 use crate::ops::cross_entropy::Loss;
 use crate::ops::dropout::Dropout;
 use crate::ops::matmul::Compute;
-use crate::spec::{GradientCheckpointing, Optimizer, TrainSpec};
+use crate::spec::{GradientCheckpointing, Optimizer, SpecError, TrainSpec};
 use crate::{Error, Result};
 
 /// Memory that is left to the driver and to what it rounds up.
@@ -104,6 +104,19 @@ pub(crate) fn check(shape: &Shape) -> Result<()> {
     Ok(())
 }
 
+/// Refuses micro-batches of more tokens than the kernels count.
+fn check_tokens(sizes: &Sizes, setup: &Setup) -> Result<()> {
+    let (most, tokens, rank) = (lora::most_tokens(sizes), setup.tokens, setup.layout.spec().r);
+    if tokens <= most {
+        return Ok(());
+    }
+    let field = "training.micro_batch_size";
+    let message = format!(
+        "{field} must give micro-batches of at most {most} tokens on a GPU at lora.r {rank}, got one of {tokens}"
+    );
+    Err(Error::Spec(SpecError { field, message }))
+}
+
 fn dtype(compute: Compute) -> Dtype {
     match compute {
         Compute::F32 => Dtype::F32,
@@ -140,8 +153,9 @@ pub(crate) fn resident_bytes_within(model: &Llama, setup: &Setup, kept_layers: u
     if !setup.may_stay_dequantized || kept_layers < layers {
         return 0;
     }
-    let layer = layer_bytes(&sizes, setup.dtype()) as u64;
-    layer * (left / layer.max(1)).min(layers as u64)
+    let layer = layer_bytes(&sizes, setup.dtype());
+    let fitting = left / layer.next_multiple_of(PIECE_BYTES).max(1) as u64;
+    layer as u64 * fitting.min(layers as u64)
 }
 
 /// Bytes of W' of all groups of a layer.
@@ -210,6 +224,7 @@ impl Trainer {
     /// Blocks that keep their activations: those of the setup, or as many as fit beside a model that is not there yet.
     fn choose(gpu: &Gpu, model_bytes: usize, shape: &Shape, dequantizes_head: bool, setup: &Setup) -> Result<usize> {
         let sizes = Sizes::new(shape, &setup.layout);
+        check_tokens(&sizes, setup)?;
         let free = gpu.memory()?.0.saturating_sub(SPARE_BYTES);
         let allowed = |bytes: u64| (bytes as usize).saturating_sub(gpu.allocated_bytes());
         let budget = setup.memory_bytes.map_or(free, |bytes| free.min(allowed(bytes)));
