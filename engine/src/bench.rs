@@ -102,6 +102,8 @@ impl FromStr for BenchShape {
 pub enum BenchQuantization {
     /// bitsandbytes' NF4, double-quantized.
     Nf4,
+    /// The same with factors in f32.
+    Nf4Single,
     /// A type of GGUF files, or bf16.
     Blocks(BlockType),
 }
@@ -109,13 +111,14 @@ pub enum BenchQuantization {
 impl BenchQuantization {
     /// All there are.
     pub fn all() -> Vec<Self> {
-        [Self::Nf4].into_iter().chain(BlockType::ALL.map(Self::Blocks)).collect()
+        [Self::Nf4, Self::Nf4Single].into_iter().chain(BlockType::ALL.map(Self::Blocks)).collect()
     }
 
     /// Its name on the command line, `q4_k` for one.
     pub fn name(self) -> String {
         match self {
             Self::Nf4 => "nf4".to_owned(),
+            Self::Nf4Single => "nf4_single".to_owned(),
             Self::Blocks(dtype) => dtype.name().to_lowercase(),
         }
     }

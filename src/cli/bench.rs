@@ -35,7 +35,7 @@ struct BenchTrainArgs {
     /// Model whose sizes the weights have: llama-3-8b, llama-3.2-1b, llama-3.2-3b, smollm2-135m, llama-3-70b
     #[arg(long, default_value = "llama-3-8b")]
     shape: BenchShape,
-    /// How the frozen weights are stored: nf4 (double-quantized, as bitsandbytes), bf16, or a type of GGUF files (q4_k, q8_0 …)
+    /// How the frozen weights are stored: nf4 (double-quantized, as bitsandbytes), nf4_single (factors in f32), bf16, or a type of GGUF files (q4_k, q8_0 …)
     #[arg(long, value_name = "TYPE", default_value = "nf4")]
     quantization: BenchQuantization,
     /// Rank of the LoRA

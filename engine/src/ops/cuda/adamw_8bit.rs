@@ -18,6 +18,9 @@ const RESIDENT: u32 = 4;
 /// Bytes of a table: 256 values and 255 middles.
 const TABLE_BYTES: usize = 4 * 512;
 
+/// Bytes of where a block begins: two numbers.
+const PLACE_BYTES: usize = 2 * size_of::<u64>();
+
 /// Both moments of every parameter.
 #[derive(Debug)]
 pub(crate) struct DeviceMoments {
@@ -40,6 +43,12 @@ pub(crate) struct DeviceMoments {
 }
 
 impl DeviceMoments {
+    /// Bytes that all of it takes, the tables and places too.
+    pub(crate) fn bytes(tensors: &[Range<usize>]) -> usize {
+        let blocks: usize = tensors.iter().filter(|tensor| is_large(tensor)).map(|it| it.len().div_ceil(BLOCK)).sum();
+        Moments::size_bytes(tensors) + PLACE_BYTES * (blocks + 1) + 2 * TABLE_BYTES
+    }
+
     /// Copies moments to a GPU. `tensors` says where each tensor lies among the parameters: one after the other.
     ///
     /// # Errors

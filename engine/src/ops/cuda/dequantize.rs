@@ -2,7 +2,7 @@
 
 use super::flat::of_type;
 use super::launch::Argument;
-use super::weights::{DeviceWeight, Stored};
+use super::weights::{DeviceWeight, Stored, StoredAbsmax};
 use super::{Buffer, Dtype, Gpu, Mat};
 use crate::Result;
 use crate::quant::BlockType;
@@ -41,12 +41,12 @@ struct Nf4Group {
 // SAFETY: `repr(C)`, as the kernels have it.
 unsafe impl Argument for Nf4Group {}
 
-/// Weights as values, each in its own place; in one launch where all are NF4.
+/// Weights as values, each in its own place; in one launch where all are NF4 with double quantization.
 pub(crate) fn dequantize_all(gpu: &Gpu, weights: &[(&DeviceWeight, Mat<'_>)]) -> Result<()> {
     let mut group = Nf4Group::default();
     let mut chunks = 0;
     for (place, (weight, out)) in weights.iter().enumerate() {
-        let Stored::Nf4 { packed, codes, map, nested, offset } = &weight.stored else {
+        let Stored::Nf4 { packed, absmax: StoredAbsmax::Double { codes, map, nested, offset } } = &weight.stored else {
             return weights.iter().try_for_each(|(weight, out)| dequantize(gpu, weight, *out));
         };
         let (rows, columns) = (weight.rows, weight.columns);
@@ -84,7 +84,13 @@ pub(crate) fn dequantize(gpu: &Gpu, weight: &DeviceWeight, out: Mat<'_>) -> Resu
             // SAFETY: the shape was checked; the buffer holds the blocks of that shape.
             unsafe { launch.int(rows).int(columns).run() }
         }
-        Stored::Nf4 { packed, codes, map, nested, offset } => {
+        Stored::Nf4 { packed, absmax: StoredAbsmax::Single(factors) } => {
+            let name = of_type(out.dtype, "dequantize_nf4_bf16", "dequantize_nf4_f32");
+            let launch = gpu.launch(name)?.grid(blocks, THREADS).mat(out).long(packed.at(0)).long(factors.at(0));
+            // SAFETY: as above.
+            unsafe { launch.int(rows).int(columns).run() }
+        }
+        Stored::Nf4 { packed, absmax: StoredAbsmax::Double { codes, map, nested, offset } } => {
             let name = of_type(out.dtype, "dequantize_nf4_double_bf16", "dequantize_nf4_double_f32");
             let launch = gpu.launch(name)?.grid(blocks, THREADS).mat(out).long(packed.at(0)).long(codes.at(0));
             let launch = launch.long(map.at(0)).long(nested.at(0)).float(*offset);
@@ -128,6 +134,8 @@ fn single(stored: BlockType, dtype: Dtype) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
     use super::super::testing::{Held, gpu, random, rounded};
     use super::*;
     use crate::model::weights::Weight;
@@ -174,34 +182,37 @@ mod tests {
         }
     }
 
+    fn on_device(gpu: &Rc<Gpu>, matrix: &Nf4) -> DeviceWeight {
+        let f32s = |values: &[f32]| Buffer::of(gpu, values).unwrap();
+        let bytes = |values: &[u8]| Buffer::of(gpu, values).unwrap();
+        let absmax = match matrix.absmax() {
+            Absmax::Single(factors) => StoredAbsmax::Single(f32s(factors)),
+            Absmax::Double { codes, map, nested, offset } => {
+                StoredAbsmax::Double { codes: bytes(codes), map: f32s(map), nested: f32s(nested), offset: *offset }
+            }
+        };
+        let stored = Stored::Nf4 { packed: bytes(matrix.packed()), absmax };
+        DeviceWeight { stored, rows: matrix.rows(), columns: matrix.columns() }
+    }
+
     #[test]
     fn nf4_is_dequantized_as_on_the_cpu() {
         let Some(gpu) = gpu() else { return };
-        for (rows, columns) in [(1, 1), (1, 64), (64, 172), (7, 33), (300, 1024)] {
-            let matrix = Nf4::quantize(&random(2, rows * columns), (rows, columns), true).unwrap();
+        let shapes = [(1, 1), (1, 64), (64, 172), (7, 33), (300, 1024)];
+        for ((rows, columns), double) in shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)]) {
+            let matrix = Nf4::quantize(&random(2, rows * columns), (rows, columns), double).unwrap();
             let mut expected = vec![0f32; rows * columns];
             matrix.dequantize_rows(0..rows, &mut expected).unwrap();
-            let Absmax::Double { codes, map, nested, offset } = matrix.absmax() else { panic!("double quantization") };
-            let stored = Stored::Nf4 {
-                packed: Buffer::of(&gpu, matrix.packed()).unwrap(),
-                codes: Buffer::of(&gpu, codes).unwrap(),
-                map: Buffer::of(&gpu, map).unwrap(),
-                nested: Buffer::of(&gpu, nested).unwrap(),
-                offset: *offset,
-            };
-            let on_device = DeviceWeight { stored, rows, columns };
+            let weight = on_device(&gpu, &matrix);
             for dtype in DTYPES {
+                let name = format!("{rows} × {columns} to {dtype:?}, double: {double}");
                 let out = Held::poisoned(&gpu, (rows, columns), columns.next_multiple_of(8) + 8, dtype);
-                dequantize(&gpu, &on_device, out.mat()).unwrap();
-                assert_eq!(out.values(), rounded(&expected, dtype), "{rows} × {columns} to {dtype:?}");
+                dequantize(&gpu, &weight, out.mat()).unwrap();
+                assert_eq!(out.values(), rounded(&expected, dtype), "{name}");
                 let out = [(); 3].map(|()| Held::poisoned(&gpu, (rows, columns), columns.next_multiple_of(8), dtype));
-                dequantize_all(&gpu, &out.each_ref().map(|out| (&on_device, out.mat()))).unwrap();
+                dequantize_all(&gpu, &out.each_ref().map(|out| (&weight, out.mat()))).unwrap();
                 for out in out {
-                    assert_eq!(
-                        out.values(),
-                        rounded(&expected, dtype),
-                        "one of three, {rows} × {columns} to {dtype:?}"
-                    );
+                    assert_eq!(out.values(), rounded(&expected, dtype), "one of three, {name}");
                 }
             }
         }

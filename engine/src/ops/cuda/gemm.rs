@@ -17,6 +17,9 @@ use crate::{Error, Result};
 /// Bytes that an algorithm may use beside its operands; cuBLAS wants 32 MiB on Hopper.
 pub(crate) const WORKSPACE_BYTES: usize = 32 << 20;
 
+/// Shapes that are kept at a time: those of a hundred numbers of tokens.
+const MOST_PLANS: usize = 4096;
+
 /// A product's operands.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Product<'a> {
@@ -130,6 +133,10 @@ impl Gemm {
             alignment: (alignment(a), alignment(b), alignment(c), alignment(out)),
         };
         if !self.plans.contains_key(&key) {
+            // Micro-batches of ever other numbers of tokens have ever other shapes.
+            if self.plans.len() >= MOST_PLANS {
+                self.plans.clear();
+            }
             let plan = self.plan(&key, product, out, c)?;
             self.plans.insert(key, plan);
         }
@@ -215,7 +222,10 @@ fn kind(dtype: Dtype) -> sys::cudaDataType_t {
 }
 
 fn refused(error: CublasError) -> Error {
-    Error::Device(format!("a matrix product: {error}"))
+    match error.0 {
+        sys::cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => super::out_of_memory(),
+        _ => Error::Device(format!("a matrix product: {error}")),
+    }
 }
 
 #[cfg(test)]

@@ -125,9 +125,10 @@ struct Profile {
 /// A GPU in use by one thread.
 #[derive(Debug)]
 pub(crate) struct Gpu {
+    // Fields are dropped in this order: modules are unloaded while there is a context.
+    _modules: Vec<Module>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    modules: Vec<sys::CUmodule>,
     kernels: HashMap<String, Rc<Kernel>>,
     gemm: RefCell<Option<Gemm>>,
     profile: RefCell<Option<Profile>>,
@@ -152,10 +153,10 @@ impl Gpu {
         // SAFETY: nothing was allocated before, and this context's memory is used on one stream alone.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed("making a stream"))?;
-        let modules = FATBINS.iter().map(|fatbin| load(fatbin)).collect::<Result<Vec<_>>>()?;
+        let modules = FATBINS.iter().map(|fatbin| Module::load(fatbin)).collect::<Result<Vec<_>>>()?;
         let mut kernels = HashMap::new();
         for module in &modules {
-            kernels.extend(functions_of(*module).map_err(failed("listing the kernels"))?);
+            kernels.extend(module.functions().map_err(failed("listing the kernels"))?);
         }
         use sys::CUdevice_attribute_enum::{
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED_BYTES,
@@ -164,9 +165,9 @@ impl Gpu {
         let attribute = |which| context.attribute(which).map_err(failed("asking the GPU"));
         let (multiprocessors, shared_bytes) = (attribute(MULTIPROCESSORS)? as u32, attribute(SHARED_BYTES)? as usize);
         let gpu = Self {
+            _modules: modules,
             context,
             stream,
-            modules,
             kernels,
             gemm: RefCell::new(None),
             profile: RefCell::new(None),
@@ -295,19 +296,32 @@ impl Drop for Gpu {
         // Buffers and the context outlive nothing that is still queued.
         let _ = self.stream.synchronize();
         self.gemm.borrow_mut().take();
-        for module in self.modules.drain(..) {
-            // SAFETY: no kernel of it runs any more, and `self` is the only one that has it.
-            let _ = unsafe { result::module::unload(module) };
-        }
     }
 }
 
-fn load(fatbin: &'static [u8]) -> Result<sys::CUmodule> {
-    // SAFETY: the bytes are a whole fatbin of nvcc's, which carries its own length.
-    unsafe { result::module::load_data(fatbin.as_ptr().cast()) }.map_err(failed("loading the kernels"))
+/// The compiled kernels of a file.
+#[derive(Debug)]
+struct Module(sys::CUmodule);
+
+impl Module {
+    fn load(fatbin: &'static [u8]) -> Result<Self> {
+        // SAFETY: the bytes are a whole fatbin of nvcc's, which carries its own length.
+        unsafe { result::module::load_data(fatbin.as_ptr().cast()) }.map(Self).map_err(failed("loading the kernels"))
+    }
+
+    /// Every kernel, by its name.
+    fn functions(&self) -> Result<Vec<(String, Rc<Kernel>)>, DriverError> {
+        functions_of(self.0)
+    }
 }
 
-/// Every kernel of a module, by its name.
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: no kernel of it runs any more, and `self` is the only one that has it.
+        let _ = unsafe { result::module::unload(self.0) };
+    }
+}
+
 fn functions_of(module: sys::CUmodule) -> Result<Vec<(String, Rc<Kernel>)>, DriverError> {
     let mut count = 0;
     // SAFETY: the module is loaded; the driver writes one number, then so many functions.
@@ -332,10 +346,13 @@ fn functions_of(module: sys::CUmodule) -> Result<Vec<(String, Rc<Kernel>)>, Driv
 /// What the driver said about that.
 fn failed(what: &'static str) -> impl Fn(DriverError) -> Error {
     move |error| match error.0 {
-        sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => Error::DeviceMemory {
-            needed_bytes: 0,
-            free_bytes: result::mem_get_info().map_or(0, |(free, _)| free as u64),
-        },
+        sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(),
         _ => Error::Device(format!("{what}: {error}")),
     }
+}
+
+/// An error of memory of which nobody says how much was needed.
+fn out_of_memory() -> Error {
+    let free_bytes = result::mem_get_info().map_or(0, |(free, _)| free as u64);
+    Error::DeviceMemory { needed_bytes: 0, free_bytes }
 }

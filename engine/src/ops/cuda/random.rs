@@ -5,8 +5,8 @@ use std::rc::Rc;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::weights::{DeviceBlock, DeviceModel, DeviceWeight, Stored};
-use super::{Gpu, Slab};
+use super::weights::{DeviceBlock, DeviceModel, DeviceWeight, Stored, StoredAbsmax};
+use super::{Buffer, Gpu, Slab};
 use crate::Result;
 use crate::bench::{BenchQuantization, BenchSpec};
 use crate::model::{Config, Shape};
@@ -69,18 +69,19 @@ pub(crate) fn model(gpu: &Rc<Gpu>, spec: &BenchSpec) -> Result<DeviceModel> {
 /// NF4 checkpoints keep their tables in bf16.
 fn table_type(quantization: BenchQuantization) -> BlockType {
     match quantization {
-        BenchQuantization::Nf4 => BlockType::BF16,
+        BenchQuantization::Nf4 | BenchQuantization::Nf4Single => BlockType::BF16,
         BenchQuantization::Blocks(dtype) => dtype,
     }
 }
 
-/// Bytes of packed codes, of factors' codes, of their map, of nested factors; of GGUF's blocks alone.
+/// Bytes of packed codes, of factors or of factors' codes, their map, nested factors; of GGUF's blocks alone.
 fn pieces_of((rows, columns): (usize, usize), quantization: BenchQuantization) -> Vec<usize> {
     match quantization {
         BenchQuantization::Nf4 => {
             let factors = (rows * columns).div_ceil(64);
             vec![rows * columns / 2, factors, 4 * 256, 4 * factors.div_ceil(256)]
         }
+        BenchQuantization::Nf4Single => vec![rows * columns / 2, 4 * (rows * columns).div_ceil(64)],
         BenchQuantization::Blocks(dtype) => vec![rows * dtype.row_bytes(columns)],
     }
 }
@@ -125,25 +126,36 @@ fn weight(
     let stored = match quantization {
         BenchQuantization::Blocks(dtype) => {
             let unit = quantize(dtype, columns, values)?;
-            let blocks = slab.take(rows * dtype.row_bytes(columns));
-            blocks.write(0, &unit[..unit.len().min(blocks.bytes())])?;
-            blocks.repeat(unit.len())?;
+            let blocks = repeated(slab, &unit, rows * dtype.row_bytes(columns))?;
             Stored::Blocks { dtype, blocks }
         }
-        BenchQuantization::Nf4 => {
-            let unit = Nf4::quantize(values, (ROWS, columns), true)?;
-            let Absmax::Double { codes, map, nested, offset } = unit.absmax() else {
-                unreachable!("asked for double quantization")
-            };
+        BenchQuantization::Nf4 | BenchQuantization::Nf4Single => {
+            let unit = Nf4::quantize(values, (ROWS, columns), quantization == BenchQuantization::Nf4)?;
+            let packed = repeated(slab, unit.packed(), rows * columns / 2)?;
             let factors = (rows * columns).div_ceil(64);
-            let (packed, codes_on_gpu) = (slab.take(rows * columns / 2), slab.take(factors));
-            for (buffer, unit) in [(&packed, unit.packed()), (&codes_on_gpu, codes)] {
-                buffer.write(0, &unit[..unit.len().min(buffer.bytes())])?;
-                buffer.repeat(unit.len())?;
-            }
-            let nested: Vec<f32> = nested.iter().cycle().take(factors.div_ceil(256)).copied().collect();
-            Stored::Nf4 { packed, codes: codes_on_gpu, map: slab.of(map)?, nested: slab.of(&nested)?, offset: *offset }
+            let absmax = match unit.absmax() {
+                Absmax::Single(unit) => StoredAbsmax::Single(slab.of(&first_of(unit, factors))?),
+                Absmax::Double { codes, map, nested, offset } => {
+                    let (codes, map) = (repeated(slab, codes, factors)?, slab.of(map)?);
+                    let nested = slab.of(&first_of(nested, factors.div_ceil(256)))?;
+                    StoredAbsmax::Double { codes, map, nested, offset: *offset }
+                }
+            };
+            Stored::Nf4 { packed, absmax }
         }
     };
     Ok(DeviceWeight { stored, rows, columns })
+}
+
+/// So many bytes of a unit over and over.
+fn repeated(slab: &mut Slab, unit: &[u8], bytes: usize) -> Result<Buffer> {
+    let buffer = slab.take(bytes);
+    buffer.write(0, &unit[..unit.len().min(bytes)])?;
+    buffer.repeat(unit.len())?;
+    Ok(buffer)
+}
+
+/// So many values of a unit over and over.
+fn first_of(unit: &[f32], count: usize) -> Vec<f32> {
+    unit.iter().cycle().take(count).copied().collect()
 }

@@ -71,7 +71,7 @@ impl Setup {
     fn state_bytes(&self) -> usize {
         let moments = match self.optimizer {
             Optimizer::AdamW => 8 * self.layout.len(),
-            Optimizer::AdamW8bit => EightBitMoments::size_bytes(&self.layout.tensors()),
+            Optimizer::AdamW8bit => DeviceMoments::bytes(&self.layout.tensors()),
         };
         8 * self.layout.len() + moments
     }

@@ -18,8 +18,17 @@ use crate::spec::Target;
 pub(crate) enum Stored {
     /// As GGUF has them.
     Blocks { dtype: BlockType, blocks: Buffer },
-    /// bitsandbytes' NF4 with double quantization: packed codes; of their factors the codes, the map, the factors and the offset.
-    Nf4 { packed: Buffer, codes: Buffer, map: Buffer, nested: Buffer, offset: f32 },
+    /// bitsandbytes' NF4: packed codes, and their factors.
+    Nf4 { packed: Buffer, absmax: StoredAbsmax },
+}
+
+/// The factors of an NF4 matrix on a GPU, as `quant::Absmax` has them.
+#[derive(Debug)]
+pub(crate) enum StoredAbsmax {
+    /// f32, one a block.
+    Single(Buffer),
+    /// Quantized themselves: codes, their map, nested factors, what is added.
+    Double { codes: Buffer, map: Buffer, nested: Buffer, offset: f32 },
 }
 
 /// A frozen matrix on a GPU.
