@@ -23,7 +23,7 @@ use lorad_engine::spec::{
     TrainingOptions,
 };
 use lorad_engine::tokenizer::Tokenizer;
-use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Start, StepMetrics, TrainEvent};
+use lorad_engine::train::{self, Checkpoint, Estimate, Evaluation, Outcome, Start, StepMetrics, TrainEvent};
 
 use super::dataset::{DatasetArgs, about, describe, list_bad_rows, untrained_texts, write_untrained};
 use super::devices::WantedDevice;
@@ -227,51 +227,12 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let spec = TrainSpec::resolve(&args.options()?)?;
     let (name, path) = args.model.resolve()?;
     let wanted = merged_files(args)?;
-    let file = GgufFile::open(&path)?;
-    let tokenizer = Tokenizer::from_gguf(&file)?;
-    let model = Llama::load(&file)?;
-    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
-    let read = |path: &Path, spec: &TrainSpec, what: &str| {
-        let dataset = data::prepare(path, spec, &tokenizer, model.config().context_length, &args.out, &mut || ())
-            .inspect_err(list_bad_rows)
-            .map_err(about(what, path))?;
-        describe(&dataset.report);
-        anyhow::Ok(dataset)
-    };
-    let bound = Bound::begin();
-    let dataset = read(&args.data, &spec, "cannot train on")?;
-    write_untrained(&mut std::io::stderr(), &untrained_texts(&file, &tokenizer, &dataset.report)?)?;
-    let validation = args.validation.as_ref().map(|path| read(path, &spec, "cannot evaluate")).transpose()?;
-    drop(bound);
+    let work = Work::prepare(args, spec, name, &path, device)?;
     if args.estimate {
-        let title = args.out.file_name().unwrap_or_default().to_string_lossy();
-        let template = ChatTemplate::for_export(&spec.dataset.template, &tokenizer)?;
-        let chat_template = template.as_ref().and_then(ChatTemplate::replacement);
-        let merge = Merge { base: &file, lora: Some(&spec.lora), name_suffix: Some(&title), chat_template };
-        return tell_estimate((&spec, &model, &dataset, validation.as_ref(), device), &merge, &args.gguf);
+        return tell_estimate(&work, &work.title(args), &args.gguf);
     }
-    let start = Start {
-        resume: resume_point(args)?,
-        init_from: args.init_from.clone(),
-        validation: validation.as_ref(),
-        memory_budget_bytes: None,
-        checkpoint_interval: Some(CHECKPOINT_INTERVAL),
-        device,
-    };
-    eprintln!("training on {device}");
-    let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
     let stop = stop_on_ctrl_c("stopping at the end of this step; Ctrl-C again stops at once")?;
-    let outcome = train::train(&spec, &model, &dataset, start, &mut |event| display.handle(&event, &stop));
-    let outcome = outcome.map_err(|error| match (&error, device) {
-        (lorad_engine::Error::DeviceMemory { .. }, Device::Cuda(ordinal)) => {
-            match train::fit_now(&spec, &model, &dataset, validation.as_ref(), ordinal) {
-                Ok(fit) if !fit.fits => anyhow!("{error}: {fit}"),
-                _ => error.into(),
-            }
-        }
-        _ => error.into(),
-    })?;
-    display.finish()?;
+    let outcome = work.train(args, &stop)?;
     if !outcome.completed {
         let step = outcome.step;
         bail!("stopped after step {step}; the same command with --resume goes on from there");
@@ -281,37 +242,112 @@ pub fn run(args: &TrainArgs) -> anyhow::Result<()> {
             if outcome.stopped_early { format!("stopped early after step {}; ", outcome.step) } else { String::new() };
         eprintln!("{stopped}the best validation loss, {:.4}, is that of step {}", best.loss, best.step);
     }
-    let training = TrainingFacts {
-        spec: &spec,
-        report: &dataset.report,
-        steps: outcome.step,
-        trained_tokens: outcome.trained_tokens,
-        train_loss: last_loss(&args.out.join(METRICS_FILE))?,
-        best: outcome.best,
-    };
-    let (title, base_model) = (args.out.file_name().unwrap_or_default().to_string_lossy(), export::hub_name(&name));
-    let lora = outcome.lora.layout().spec();
-    let card = ModelCard { name: &title, base_model: &base_model, lora, training: Some(training) };
-    card.save_adapter(&outcome.lora, &args.out)?;
-    eprintln!("adapter: {}", args.out.display());
-    if wanted.is_empty() {
-        return Ok(());
+    work.publish(args, &outcome, &wanted, &stop)
+}
+
+/// What is trained, on what.
+struct Work {
+    spec: TrainSpec,
+    /// What the user calls the model.
+    name: String,
+    file: GgufFile,
+    tokenizer: Tokenizer,
+    model: Llama,
+    dataset: Dataset,
+    validation: Option<Dataset>,
+    device: Device,
+}
+
+impl Work {
+    /// Reads the model and the data sets, and tells what they hold.
+    fn prepare(args: &TrainArgs, spec: TrainSpec, name: String, path: &Path, device: Device) -> anyhow::Result<Self> {
+        let file = GgufFile::open(path)?;
+        let tokenizer = Tokenizer::from_gguf(&file)?;
+        let model = Llama::load(&file)?;
+        std::fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+        let read = |path: &Path, what: &str| {
+            let dataset = data::prepare(path, &spec, &tokenizer, model.config().context_length, &args.out, &mut || ())
+                .inspect_err(list_bad_rows)
+                .map_err(about(what, path))?;
+            describe(&dataset.report);
+            anyhow::Ok(dataset)
+        };
+        let bound = Bound::begin();
+        let dataset = read(&args.data, "cannot train on")?;
+        write_untrained(&mut std::io::stderr(), &untrained_texts(&file, &tokenizer, &dataset.report)?)?;
+        let validation = args.validation.as_ref().map(|path| read(path, "cannot evaluate")).transpose()?;
+        drop(bound);
+        Ok(Self { spec, name, file, tokenizer, model, dataset, validation, device })
     }
-    let template = ChatTemplate::for_export(&spec.dataset.template, &tokenizer)?;
-    let tuned = Tuned {
-        base: &file,
-        model: &model,
-        tokenizer: &tokenizer,
-        template: template.as_ref(),
-        lora: &outcome.lora,
-        name_suffix: &title,
-        card: &card,
-    };
-    let Some(made) = export::export(&tuned, &wanted, &stop)? else {
-        bail!("stopped before the merged model was whole; the same command with --resume goes on from there");
-    };
-    made.iter().for_each(|made| eprintln!("merged model: {}: {}", made.path.display(), made.parity));
-    Ok(())
+
+    /// What the result is called: its folder's name.
+    fn title(&self, args: &TrainArgs) -> String {
+        args.out.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    fn train(&self, args: &TrainArgs, stop: &AtomicBool) -> anyhow::Result<Outcome> {
+        let start = Start {
+            resume: resume_point(args)?,
+            init_from: args.init_from.clone(),
+            validation: self.validation.as_ref(),
+            memory_budget_bytes: None,
+            checkpoint_interval: Some(CHECKPOINT_INTERVAL),
+            device: self.device,
+        };
+        eprintln!("training on {}", self.device);
+        let mut display = Display::new(&args.out, start.resume.as_ref().map_or(0, Checkpoint::step))?;
+        let mut on_event = |event: TrainEvent<'_>| display.handle(&event, stop);
+        let outcome = train::train(&self.spec, &self.model, &self.dataset, start, &mut on_event);
+        let outcome = outcome.map_err(|error| self.with_advice(error))?;
+        display.finish()?;
+        Ok(outcome)
+    }
+
+    /// Where a GPU had too little memory, adds the settings that fit.
+    fn with_advice(&self, error: lorad_engine::Error) -> anyhow::Error {
+        let (lorad_engine::Error::DeviceMemory { .. }, Device::Cuda(ordinal)) = (&error, self.device) else {
+            return error.into();
+        };
+        match train::fit_now(&self.spec, &self.model, &self.dataset, self.validation.as_ref(), ordinal) {
+            Ok(fit) if !fit.fits => anyhow!("{error}: {fit}"),
+            _ => error.into(),
+        }
+    }
+
+    /// Writes the adapter, and the merged models that are asked for.
+    fn publish(&self, args: &TrainArgs, outcome: &Outcome, wanted: &[Wanted], stop: &AtomicBool) -> anyhow::Result<()> {
+        let training = TrainingFacts {
+            spec: &self.spec,
+            report: &self.dataset.report,
+            steps: outcome.step,
+            trained_tokens: outcome.trained_tokens,
+            train_loss: last_loss(&args.out.join(METRICS_FILE))?,
+            best: outcome.best,
+        };
+        let (title, base_model) = (self.title(args), export::hub_name(&self.name));
+        let lora = outcome.lora.layout().spec();
+        let card = ModelCard { name: &title, base_model: &base_model, lora, training: Some(training) };
+        card.save_adapter(&outcome.lora, &args.out)?;
+        eprintln!("adapter: {}", args.out.display());
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let template = ChatTemplate::for_export(&self.spec.dataset.template, &self.tokenizer)?;
+        let tuned = Tuned {
+            base: &self.file,
+            model: &self.model,
+            tokenizer: &self.tokenizer,
+            template: template.as_ref(),
+            lora: &outcome.lora,
+            name_suffix: &title,
+            card: &card,
+        };
+        let Some(made) = export::export(&tuned, wanted, stop)? else {
+            bail!("stopped before the merged model was whole; the same command with --resume goes on from there");
+        };
+        made.iter().for_each(|made| eprintln!("merged model: {}: {}", made.path.display(), made.parity));
+        Ok(())
+    }
 }
 
 /// The merged files that are asked for, each once. One that is there already is told before the training.
@@ -331,11 +367,12 @@ fn merged_files(args: &TrainArgs) -> anyhow::Result<Vec<Wanted>> {
 }
 
 /// Prints what a run and its merged files would need, a name and a value a line.
-fn tell_estimate(
-    (spec, model, dataset, validation, device): (&TrainSpec, &Llama, &Dataset, Option<&Dataset>, Device),
-    merge: &Merge<'_>,
-    quantizations: &[Quantization],
-) -> anyhow::Result<()> {
+fn tell_estimate(work: &Work, title: &str, quantizations: &[Quantization]) -> anyhow::Result<()> {
+    let Work { spec, file, tokenizer, model, dataset, device, .. } = work;
+    let (validation, device) = (work.validation.as_ref(), *device);
+    let template = ChatTemplate::for_export(&spec.dataset.template, tokenizer)?;
+    let chat_template = template.as_ref().and_then(ChatTemplate::replacement);
+    let merge = Merge { base: file, lora: Some(&spec.lora), name_suffix: Some(title), chat_template };
     // Memory is looked at before the passes that measure the rate take theirs.
     let before = train::estimate(spec, model, dataset, validation, None, device)?;
     let rate = match train::measure_rate(spec, model, dataset, device) {
@@ -357,7 +394,7 @@ fn tell_estimate(
         writeln!(out, "tokens_per_second {rate:.1}")?;
     }
     for &quantization in quantizations {
-        writeln!(out, "gguf_{}_bytes {}", quantization.name(), merged_gguf_bytes(merge, quantization)?)?;
+        writeln!(out, "gguf_{}_bytes {}", quantization.name(), merged_gguf_bytes(&merge, quantization)?)?;
     }
     Ok(())
 }

@@ -130,6 +130,23 @@ impl Inputs {
         Ok((base, llama, tokenizer))
     }
 
+    /// The training data set, and the one that evaluations take.
+    fn read_data(
+        &self,
+        tokenizer: &Tokenizer,
+        context_length: usize,
+        progress: &Progress,
+    ) -> Result<(Dataset, Option<Dataset>), Fault> {
+        let (spec, scratch) = (&self.task.spec, &self.scratch);
+        let _bound = Bound::begin();
+        let mut on_progress = || progress.made();
+        let mut read = |path: &Path| data::prepare(path, spec, tokenizer, context_length, scratch, &mut on_progress);
+        let training = read(self.training_file()?)?;
+        let validation = self.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
+        progress.made();
+        Ok((training, validation))
+    }
+
     fn training_file(&self) -> lorad_engine::Result<&Path> {
         let missing = || lorad_engine::Error::Training { step: 0, message: "the task has no training file".to_owned() };
         self.training_file.as_deref().ok_or_else(missing)
@@ -141,16 +158,9 @@ async fn validate(inputs: Inputs, progress: Progress) -> Result<Finish, Error> {
     let reports = on_engine_thread(move || {
         let (base, llama, tokenizer) = inputs.load_model(&progress)?;
         artifacts::check(&inputs.task, &base, &tokenizer)?;
-        let context_length = llama.config().context_length;
-        let mut on_progress = || progress.made();
-        let (spec, scratch) = (&inputs.task.spec, &inputs.scratch);
-        let bound = Bound::begin();
-        let mut read = |path: &Path| data::prepare(path, spec, &tokenizer, context_length, scratch, &mut on_progress);
-        let training = read(inputs.training_file()?)?;
-        let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
-        drop(bound);
+        let (training, validation) = inputs.read_data(&tokenizer, llama.config().context_length, &progress)?;
         let (memory_bytes, device) = (inputs.task.memory_bytes, inputs.task.device);
-        let fit = train::fit(spec, &llama, &training, validation.as_ref(), memory_bytes, device)?;
+        let fit = train::fit(&inputs.task.spec, &llama, &training, validation.as_ref(), memory_bytes, device)?;
         if !fit.fits {
             return Err(Fault::DoesNotFit(fit));
         }
@@ -205,16 +215,7 @@ fn train_and_export(
 ) -> Result<Option<(i64, Vec<WorkerEvent>)>, Fault> {
     let task = &inputs.task;
     let (base, llama, tokenizer) = inputs.load_model(progress)?;
-    let context_length = llama.config().context_length;
-    let bound = Bound::begin();
-    let read = |path: &Path| {
-        let scratch = &inputs.scratch;
-        data::prepare(path, &task.spec, &tokenizer, context_length, scratch, &mut || progress.made())
-    };
-    let dataset = read(inputs.training_file()?)?;
-    let validation = inputs.validation_file.as_deref().map(read).transpose().map_err(Fault::OfValidationFile)?;
-    drop(bound);
-    progress.made();
+    let (dataset, validation) = inputs.read_data(&tokenizer, llama.config().context_length, progress)?;
     let resume = checkpoint.map(Checkpoint::load).transpose()?;
     let init_from =
         inputs.init_from.as_deref().map(|archive| artifacts::unpack_adapter(archive, &inputs.scratch)).transpose()?;

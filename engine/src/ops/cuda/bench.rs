@@ -7,17 +7,17 @@ use std::time::Instant;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::gemm::{Product, WORKSPACE_BYTES};
 use super::random;
 use super::sizes::Sizes;
 use super::trainer::{Setup, Trainer};
-use super::{Buffer, Dtype, Gpu, devices};
+use super::{Buffer, Dtype, Gpu};
 use crate::adapter::{LoraLayout, LoraParams};
 use crate::bench::BenchSpec;
 use crate::data::MicroBatch;
-use crate::device::Device;
+use crate::device::{Device, cuda_device};
 use crate::model::{MicroStep, Shape};
 use crate::ops::adamw::{Update, clip_factor};
 use crate::ops::host;
@@ -221,6 +221,23 @@ fn family(label: &str) -> &'static str {
     }
 }
 
+fn rounded(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+/// What the maker calls the GPU.
+fn name_of(device: Device) -> Option<String> {
+    cuda_device(ordinal(device)?).ok().map(|gpu| gpu.name)
+}
+
+/// Operations of the large products of a micro-step: forward and the gradient of each input, and forward once more in the layers that
+/// keep nothing.
+fn operations(shape: &Shape, tokens: usize, kept_layers: usize) -> f64 {
+    let passes = 6.0 - 2.0 * kept_layers as f64 / shape.layers as f64;
+    let projections: usize = Target::ALL.iter().map(|&target| shape.projection(target)).map(|(r, c)| r * c).sum();
+    passes * (shape.layers * projections + shape.vocabulary * shape.hidden) as f64 * tokens as f64
+}
+
 fn report(
     spec: &BenchSpec,
     shape: &Shape,
@@ -231,27 +248,18 @@ fn report(
     kernels: Vec<(&'static str, f64, usize)>,
 ) -> Value {
     let (device_ms, wall_ms) = (median(times.device_ms.clone()), median(times.wall_ms.clone()));
-    let (trained, tokens) = (batch.trained_tokens() as f64, batch.tokens.len() as f64);
+    let trained = batch.trained_tokens() as f64;
     // An optimizer step is the share of every micro-step that it serves.
     let optimizer_ms = median(times.optimizer_ms.clone());
-    // Forward and the gradient of each input, and forward once more in the layers that keep nothing.
-    let products = 6.0 - 2.0 * trainer.kept_layers() as f64 / shape.layers as f64;
-    let projections: usize = Target::ALL.iter().map(|&target| shape.projection(target)).map(|(r, c)| r * c).sum();
-    let parameters = (shape.layers * projections + shape.vocabulary * shape.hidden) as f64;
-    let floor_ms = products * parameters * tokens / rates.matrix * 1e3;
+    let floor_ms = operations(shape, batch.tokens.len(), trainer.kept_layers()) / rates.matrix * 1e3;
     let mut families: BTreeMap<&str, f64> = BTreeMap::new();
     for (label, ms, _) in &kernels {
         *families.entry(family(label)).or_default() += ms;
     }
-    let rounded = |value: f64| (value * 1000.0).round() / 1000.0;
-    let kernels: Vec<Value> = kernels
-        .iter()
-        .map(|(label, ms, count)| json!({ "kernel": label, "ms": rounded(*ms), "launches": count }))
-        .collect();
-    let name = devices()
-        .ok()
-        .zip(ordinal(spec.device))
-        .and_then(|(all, at)| all.into_iter().find(|gpu| gpu.ordinal == at).map(|gpu| gpu.name));
+    let families: Map<String, Value> =
+        families.into_iter().map(|(name, ms)| (name.to_owned(), json!(rounded(ms)))).collect();
+    let kernel = |(label, ms, count): &(_, f64, _)| json!({ "kernel": label, "ms": rounded(*ms), "launches": count });
+    let kernels: Vec<Value> = kernels.iter().map(kernel).collect();
     json!({
         "shape": spec.shape.name(),
         "quantization": spec.quantization.name(),
@@ -259,7 +267,7 @@ fn report(
         "micro_batch_size": spec.micro_batch_size,
         "max_seq_length": spec.max_seq_length,
         "gradient_checkpointing": spec.gradient_checkpointing,
-        "device": name,
+        "device": name_of(spec.device),
         "trained_tokens": trained,
         "tokens_per_second": (trained / device_ms * 1e3).round(),
         "tokens_per_second_wall": (trained / wall_ms * 1e3).round(),
@@ -280,7 +288,7 @@ fn report(
         "floor_ms": rounded(floor_ms),
         "share_of_floor": rounded(floor_ms / device_ms),
         "loss": rounded(times.loss),
-        "family_ms": families.into_iter().map(|(name, ms)| (name.to_owned(), json!(rounded(ms)))).collect::<serde_json::Map<_, _>>(),
+        "family_ms": families,
         "kernels": kernels,
     })
 }

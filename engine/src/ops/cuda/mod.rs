@@ -8,6 +8,7 @@
 mod adamw;
 mod adamw_8bit;
 mod attention;
+mod backward;
 mod bench;
 mod bench_ops;
 mod buffers;

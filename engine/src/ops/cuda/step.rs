@@ -6,7 +6,8 @@
 
 use std::rc::Rc;
 
-use super::attention::{self, Gradients, Inputs};
+use super::attention::Inputs;
+use super::backward::Backward;
 use super::buffers::{Batch, Buffers, Head, Parts, Saved};
 use super::cross_entropy::{gather_rows, scatter_rows};
 use super::gemm::Product;
@@ -61,7 +62,9 @@ impl Pass<'_> {
             if !is_kept {
                 self.block_forward(&parts, layer, &slot, None)?;
             }
-            self.block_backward(&parts, layer, &slot, gradient.flat, is_kept)?;
+            let resident = self.model.blocks[layer].resident.borrow();
+            let (slot, gradient) = (&slot, gradient.flat);
+            Backward { pass: self, parts: &parts, layer, slot, gradient, resident: &resident }.run(is_kept)?;
         }
         Ok(())
     }
@@ -87,7 +90,7 @@ impl Pass<'_> {
     }
 
     /// W' of a group, in the buffer that all share or resident.
-    fn weight<'a>(
+    pub(super) fn weight<'a>(
         &'a self,
         parts: &Parts<'a>,
         layer: usize,
@@ -108,7 +111,7 @@ impl Pass<'_> {
     }
 
     /// Dropout of a projection's LoRA input.
-    fn dropout_of(&self, layer: usize, target: Target) -> Option<Dropout> {
+    pub(super) fn dropout_of(&self, layer: usize, target: Target) -> Option<Dropout> {
         let place = (layer * Target::ALL.len() + target.index()) as u64;
         self.dropout.map(|dropout| dropout.at(place))
     }
@@ -143,7 +146,7 @@ impl Pass<'_> {
     }
 
     /// D(x) of a projection, in a buffer that all share.
-    fn dropped<'a>(&self, parts: &Parts<'a>, layer: usize, target: Target, x: Mat<'a>) -> Result<Mat<'a>> {
+    pub(super) fn dropped<'a>(&self, parts: &Parts<'a>, layer: usize, target: Target, x: Mat<'a>) -> Result<Mat<'a>> {
         let Some(dropout) = self.dropout_of(layer, target) else { return Ok(x) };
         let out = parts.dropped(x.columns);
         dropout::apply(self.gpu, out, x, &dropout)?;
@@ -219,107 +222,15 @@ impl Pass<'_> {
     }
 
     /// q, k and v.
-    fn split<'a>(&self, qkv: Mat<'a>) -> Inputs<'a> {
+    pub(super) fn split<'a>(&self, qkv: Mat<'a>) -> Inputs<'a> {
         let (queries, keys) = (self.sizes.queries(), self.sizes.keys());
         let (k, v) = (qkv.columns(queries, keys), qkv.columns(queries + keys, keys));
         Inputs { q: qkv.columns(0, queries), k, v }
     }
 
     /// q and k.
-    fn turned<'a>(&self, qkv: Mat<'a>) -> Mat<'a> {
+    pub(super) fn turned<'a>(&self, qkv: Mat<'a>) -> Mat<'a> {
         qkv.columns(0, self.sizes.queries() + self.sizes.keys())
-    }
-
-    /// Turns the residual stream's gradient after the block into the one before it, in place, and adds the LoRA's gradients.
-    /// In the lowest block it stops at the lowest LoRA. With `fill_down`, W' of down_proj is not in its buffer yet.
-    fn block_backward(
-        &self,
-        parts: &Parts<'_>,
-        layer: usize,
-        slot: &Saved<'_>,
-        gradient: &Buffer,
-        fill_down: bool,
-    ) -> Result<()> {
-        let (gpu, shape, block) = (self.gpu, &self.sizes.shape, &self.model.blocks[layer]);
-        let resident = block.resident.borrow();
-        let queries = self.sizes.queries();
-        let lowest = layer == 0;
-        let needs_below =
-            |below: &[Target]| !lowest || below.iter().any(|&target| self.layout.offsets(layer, target).is_some());
-        let has_lora = self.sizes.group(Group::Down).extension > 0;
-        let back = Backward { pass: self, parts, layer, gradient };
-        let (dresidual, h, n) = (parts.dresidual(), parts.h(), parts.norm());
-        let (dstream, inner) = (dresidual.columns(0, shape.hidden), h.columns(0, shape.intermediate));
-
-        let weight = if fill_down || !has_lora || resident[Group::Down as usize].is_some() {
-            self.weight(parts, layer, Group::Down, &resident)?
-        } else {
-            parts.weight(self.sizes.group(Group::Down), self.dtype)
-        };
-        let below = needs_below(&Target::ALL[..6]);
-        back.outputs(Group::Down, dresidual, slot.u_down, weight)?;
-        if below {
-            back.input("gemm down back", Group::Down, inner, dresidual, weight)?;
-            let gate_up = slot.gate_up.columns(0, 2 * shape.intermediate);
-            swiglu::backward(gpu, gate_up, Some(inner), inner, gate_up)?;
-        } else {
-            swiglu::forward(gpu, inner, slot.gate_up.columns(0, 2 * shape.intermediate))?;
-        }
-        back.inputs(Group::Down, dresidual, inner)?;
-        if !below {
-            return Ok(());
-        }
-
-        let weight = self.weight(parts, layer, Group::GateUp, &resident)?;
-        let below = needs_below(&Target::ALL[..4]);
-        back.outputs(Group::GateUp, slot.gate_up, slot.u_gate_up, weight)?;
-        let (n2, dn) = (n.columns(0, shape.hidden), parts.dn());
-        if below {
-            back.input("gemm gate_up back", Group::GateUp, dn, slot.gate_up, weight)?;
-            let from = rms_norm::Backward {
-                dy: dn,
-                x: slot.m,
-                weight: vector(&block.post_attention_layernorm),
-                rstd: slot.rstd_2,
-            };
-            rms_norm::backward_add(gpu, dstream, Some(n2), from)?;
-        } else {
-            rms_norm::recompute(gpu, n2, slot.m, vector(&block.post_attention_layernorm), slot.rstd_2)?;
-        }
-        back.inputs(Group::GateUp, slot.gate_up, n2)?;
-        if !below {
-            return Ok(());
-        }
-
-        let weight = self.weight(parts, layer, Group::O, &resident)?;
-        let below = needs_below(&Target::ALL[..3]);
-        let o = slot.o.columns(0, queries);
-        let extension = self.sizes.group(Group::O).extension;
-        let u_o = (extension > 0).then(|| slot.o.columns(queries, extension));
-        back.outputs(Group::O, dresidual, u_o, weight)?;
-        back.inputs(Group::O, dresidual, o)?;
-        if !below {
-            return Ok(());
-        }
-        let (dout, dqkv) = (parts.dout(), parts.dqkv());
-        back.input("gemm o back", Group::O, dout, dresidual, weight)?;
-
-        let saved = attention::Saved { inputs: self.split(slot.qkv), o, lse: slot.lse };
-        let Inputs { q: dq, k: dk, v: dv } = self.split(dqkv);
-        self.buffers.attention.backward(dout, saved, parts.delta(), Gradients { dq, dk, dv })?;
-        let table = self.buffers.rope_table(self.batch.tokens);
-        rope::backward(gpu, self.turned(dqkv), table, shape.head_dim, shape.rope_layout)?;
-        let weight = self.weight(parts, layer, Group::Qkv, &resident)?;
-        back.outputs(Group::Qkv, dqkv, slot.u_qkv, weight)?;
-        let (n1, x) = (n.columns(0, shape.hidden), parts.x(layer));
-        if lowest {
-            rms_norm::recompute(gpu, n1, x, vector(&block.input_layernorm), slot.rstd_1)?;
-        } else {
-            back.input("gemm qkv back", Group::Qkv, dn, dqkv, weight)?;
-            let from = rms_norm::Backward { dy: dn, x, weight: vector(&block.input_layernorm), rstd: slot.rstd_1 };
-            rms_norm::backward_add(gpu, dstream, Some(n1), from)?;
-        }
-        back.inputs(Group::Qkv, dqkv, n1)
     }
 
     /// Loss of the labelled tokens; with a scale, the residual stream's gradient before the final norm.
@@ -367,89 +278,8 @@ impl Pass<'_> {
 }
 
 /// A norm's weight.
-fn vector(weight: &Buffer) -> Mat<'_> {
+pub(super) fn vector(weight: &Buffer) -> Mat<'_> {
     weight.row(Dtype::F32)
-}
-
-/// The backward of one layer's projections.
-struct Backward<'a, 'b> {
-    pass: &'a Pass<'b>,
-    parts: &'a Parts<'a>,
-    layer: usize,
-    gradient: &'a Buffer,
-}
-
-impl Backward<'_, '_> {
-    /// du = s·Bᵀ dy into dy's extension, and dB += s · dyᵀ u.
-    fn outputs(&self, group: Group, dy: Mat<'_>, u: Option<Mat<'_>>, weight: Mat<'_>) -> Result<()> {
-        let sizes = self.pass.sizes.group(group);
-        let Some(u) = u.filter(|_| sizes.extension > 0) else { return Ok(()) };
-        let (gpu, rank) = (self.pass.gpu, self.pass.layout.spec().r as usize);
-        let scaled_b = weight.rows(0, sizes.outputs).columns(sizes.inputs, sizes.extension);
-        let (dy, du) = (dy.columns(0, sizes.outputs), dy.columns(sizes.outputs, sizes.extension));
-        let rows: Vec<usize> = outputs_of(group, self.pass.sizes).map(|(.., rows)| rows).collect();
-        let gradients: Vec<_> = outputs_of(group, self.pass.sizes)
-            .map(|(_, target, _, rows)| {
-                let (_, offset_b) = self.pass.layout.offsets(self.layer, target)?;
-                Some(self.gradient.mat(4 * offset_b, (rows, rank), rank, Dtype::F32))
-            })
-            .collect();
-        let outputs = lora::Outputs { dy, columns: &rows, u, scaled_b, scale: self.pass.layout.spec().scale() as f32 };
-        lora::backward_outputs(gpu, self.parts.partials(), du, &gradients, &outputs)
-    }
-
-    /// dx = [dy | du] W'.
-    fn input(&self, label: &'static str, group: Group, dx: Mat<'_>, dy: Mat<'_>, weight: Mat<'_>) -> Result<()> {
-        let (pass, sizes) = (self.pass, self.pass.sizes.group(group));
-        let depth = if pass.dropout.is_some() { sizes.outputs } else { sizes.rows() };
-        let weight_of_x = weight.columns(0, sizes.inputs);
-        pass.gpu.gemm(label, dx, Product::nn(dy.columns(0, depth), weight_of_x.rows(0, depth)))?;
-        if sizes.extension == 0 {
-            return Ok(());
-        }
-        // D is its own backward: it stands between A and x.
-        for (place, target, ..) in outputs_of(group, pass.sizes) {
-            if let Some(dropout) = pass.dropout_of(self.layer, target) {
-                let rank = pass.sizes.padded_rank;
-                let (du, a) = (
-                    dy.columns(sizes.outputs + place * rank, rank),
-                    weight_of_x.rows(sizes.outputs + place * rank, rank),
-                );
-                let through = self.parts.dropped(dx.columns);
-                pass.gpu.gemm("lora dropout", through, Product::nn(du, a))?;
-                dropout::apply_add(pass.gpu, dx, through, &dropout)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// dA += duᵀ x.
-    fn inputs(&self, group: Group, dy: Mat<'_>, x: Mat<'_>) -> Result<()> {
-        let (pass, sizes) = (self.pass, self.pass.sizes.group(group));
-        let rank = pass.layout.spec().r as usize;
-        if sizes.extension == 0 {
-            return Ok(());
-        }
-        let gradients: Vec<_> = outputs_of(group, pass.sizes)
-            .map(|(_, target, ..)| {
-                let (offset_a, _) = pass.layout.offsets(self.layer, target)?;
-                Some(self.gradient.mat(4 * offset_a, (rank, sizes.inputs), sizes.inputs, Dtype::F32))
-            })
-            .collect();
-        let du = dy.columns(sizes.outputs, sizes.extension);
-        if pass.dropout.is_none() {
-            return lora::da(pass.gpu, self.parts.partials(), &gradients, (du, x));
-        }
-        // Each projection has an input of its own.
-        for (place, target, ..) in outputs_of(group, pass.sizes) {
-            if gradients[place].is_some() {
-                let (first, rank) = (place * pass.sizes.padded_rank, pass.sizes.padded_rank);
-                let x = pass.dropped(self.parts, self.layer, target, x)?;
-                lora::da(pass.gpu, self.parts.partials(), &gradients[place..=place], (du.columns(first, rank), x))?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Writes the LoRAs' parts of every W' that stays dequantized: after the LoRA has changed.
