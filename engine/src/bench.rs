@@ -192,7 +192,7 @@ mod tests {
         assert!(shape.contains("smollm2-135m") && shape.contains("`llama-4`"), "{shape}");
         let quantization = "int4".parse::<BenchQuantization>().unwrap_err();
         assert!(
-            quantization.contains("nf4, f32, f16, bf16, q4_0") && quantization.contains("`int4`"),
+            quantization.contains("nf4, nf4_single, f32, f16, bf16, q4_0") && quantization.contains("`int4`"),
             "{quantization}"
         );
     }
