@@ -7,5 +7,7 @@ cd "$(dirname "$0")/.."
 
 lorad=${LORAD_PROGRAM:-${CARGO_TARGET_DIR:-target}/release/lorad}
 [ -x "$lorad" ] || { echo "bench-gpu.sh: build with --features cuda first, or set LORAD_PROGRAM" >&2; exit 2; }
-"$lorad" devices
+devices=$("$lorad" devices)
+echo "$devices"
+grep -q '^cuda:' <<<"$devices" || exit 2
 exec python3 scripts/lib/bench_gpu.py "$lorad" "${1:-/dev/null}"
