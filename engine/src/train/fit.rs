@@ -256,4 +256,32 @@ mod tests {
         let shorter = rows.judge(&TrainSpec::default(), 512, rows.least(&TrainSpec::default(), 64));
         assert!(shorter.nearest.is_some_and(|changes| !changes.is_empty()));
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn of_a_gpus_memory_only_what_the_card_holds_counts() {
+        use crate::gguf::GgufFile;
+        use crate::testing::TinyModel;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        TinyModel::default().write(&path).unwrap();
+        let model = Llama::load(&GgufFile::open(&path).unwrap()).unwrap();
+        let rows = Rows { on_gpu: Some((&model, Compute::Bf16)), ..rows(&model.config().shape) };
+        let mut spec = TrainSpec::default();
+        spec.training.gradient_checkpointing = GradientCheckpointing::None;
+        spec.training.micro_batch_size = 8;
+        // Moments of small tensors stay in 32 bits.
+        spec.lora.r = 256;
+        let asked = rows.judge(&spec, 512, u64::MAX);
+        assert!(asked.fits && asked.least_bytes > rows.fixed_bytes + model.file_bytes());
+        let mut told = Vec::new();
+        let mut memory_bytes = asked.least_bytes - 1;
+        while let Some(changes) = rows.judge(&spec, 512, memory_bytes).nearest {
+            told.push(changes.last().expect("a change").field.clone());
+            memory_bytes -= 64 << 10;
+        }
+        let order = ["gradient_checkpointing", "gradient_accumulation_steps", "optimizer", "max_seq_length"];
+        told.dedup();
+        assert_eq!(told, order.map(|field| format!("training.{field}")));
+    }
 }

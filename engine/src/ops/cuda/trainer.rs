@@ -486,3 +486,26 @@ impl Trainer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::LoraSpec;
+
+    #[test]
+    fn more_tokens_than_the_kernels_count_are_refused_by_their_number() {
+        let shape = Shape::tiny();
+        let mut spec = TrainSpec::default();
+        for (rank, most) in [(16, 1_398_016), (200, 465_920)] {
+            spec.lora = LoraSpec { r: rank, ..spec.lora };
+            let layout = LoraLayout::new(&spec.lora, &shape);
+            let sizes = Sizes::new(&shape, &layout);
+            let of = |tokens| Setup { tokens, ..Setup::of(&spec, &layout, Compute::Bf16, None) };
+            assert!(check_tokens(&sizes, &of(most)).is_ok());
+            let error = check_tokens(&sizes, &of(most + 1)).unwrap_err().to_string();
+            let words =
+                [format!("at most {most} tokens"), format!("lora.r {rank}"), format!("got one of {}", most + 1)];
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
+    }
+}
