@@ -241,10 +241,11 @@ struct Item {
     float sum[2];  // the thread's part
 };
 
-// Raises the maxima of the rows whose `part` of a block's sum exceeds RAISE to those of the block, and corrects what was summed.
+// Raises the maxima of rows whose `part` of a block's sum exceeds RAISE to those of the block, and corrects what was summed.
 // A row is raised for its own four threads' sake only, so that its bits do not depend on its neighbours.
 template <int D>
-__device__ __forceinline__ void raise(Item& item, const float (&s)[64], float scale_log2, const float (&part)[2], float (&out)[D / 2]) {
+__device__ __forceinline__ void raise(Item& item, const float (&s)[64], float scale_log2, const float (&part)[2],
+                                      float (&out)[D / 2]) {
     const int lane = threadIdx.x % 32;
     float row[2];
     row_maxima(s, scale_log2, row);
@@ -280,8 +281,9 @@ __device__ __forceinline__ void store_lse(float* __restrict__ lse, const Item& i
 // o of the warp's 16 rows, the first `rows` of them, through shared memory, so that rows are written in whole.
 // Chunk c (16 bytes) of row r at c ^ (r % 8): neither the stores nor the loads meet in a bank.
 template <int D>
-__device__ __forceinline__ void store_rows(__nv_bfloat16* __restrict__ o, size_t o_stride, int first, int head, const float (&out)[D / 2], const float (&inverse)[2],
-                                           uint32_t staging, int rows) {
+__device__ __forceinline__ void store_rows(__nv_bfloat16* __restrict__ o, size_t o_stride, int first, int head,
+                                           const float (&out)[D / 2], const float (&inverse)[2], uint32_t staging,
+                                           int rows) {
     const int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
