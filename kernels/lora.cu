@@ -154,7 +154,7 @@ __device__ __forceinline__ void load_small(uint32_t stage_small, const Product& 
             const bf16* from = product.small + (is_there ? (column + row) * size_t(product.small_stride) + unit * GROUP : 0);
             const uint32_t to = stage_small + 16 * (row * Rows::UNITS + unit);
             if (index < STEP * GROUPS) {
-                small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
+                copy_group(to, from, is_there ? GROUP : 0, small_aligned);
             }
         }
     } else {

@@ -44,16 +44,8 @@ __device__ __forceinline__ void load_step(uint32_t stage, const Product& product
         const bf16* from = product.tall + (left > 0 ? token * size_t(product.tall_stride) + column : 0);
         copy_group(stage + 16 * (row * TALL_UNITS + own_unit), from, left);
     }
-#pragma unroll
-    for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
-        const int index = i * LORA_THREADS + thread, row = index / GROUPS, unit = index % GROUPS, token = step * STEP + row;
-        const bool is_there = token < product.tokens && unit * GROUP < width;
-        const bf16* from = product.small + (is_there ? token * size_t(product.small_stride) + unit * GROUP : 0);
-        if (index < STEP * GROUPS) {
-            const uint32_t to = stage_small + 16 * (row * SMALL_UNITS<GROUPS> + unit);
-            small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
-        }
-    }
+    copy_tokens<GROUPS, LORA_THREADS>(stage_small, product.small, product.small_stride, small_aligned, step * STEP, product.tokens,
+                                      width);
 }
 
 // The sums of this block to its part of the tile: [c][r], or [r][c] where `BY_RANK`.

@@ -154,16 +154,7 @@ __device__ __forceinline__ void load_step(uint32_t stage, const bf16* dy, long l
         const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, tokens - 1);
         copy_group(stage + 16 * (row * DY_UNITS + own_unit), dy + (left > 0 ? token * size_t(dy_stride) + column : 0), left);
     }
-#pragma unroll
-    for (int i = 0; i < (STEP * GROUPS + OUTPUT_THREADS - 1) / OUTPUT_THREADS; i++) {
-        const int index = i * OUTPUT_THREADS + thread, row = index / GROUPS, unit = index % GROUPS, token = step * STEP + row;
-        const int count = token < tokens && unit * GROUP < padded_rank ? GROUP : 0;
-        const bf16* from = u + (count > 0 ? token * size_t(u_stride) + unit * GROUP : 0);
-        if (index < STEP * GROUPS) {
-            const uint32_t to = stage_u + 16 * (row * U_UNITS<GROUPS> + unit);
-            u_aligned ? copy_group(to, from, count) : copy_unaligned(to, from, count);
-        }
-    }
+    copy_tokens<GROUPS, OUTPUT_THREADS>(stage_u, u, u_stride, u_aligned, step * STEP, tokens, padded_rank);
 }
 
 // s B of a strip to shared memory.
@@ -175,7 +166,7 @@ __device__ __forceinline__ void load_sb(uint32_t sb_base, const bf16* sb, long l
         const int left = column < strip.end_output && unit * GROUP < padded_rank ? GROUP : 0;
         const bf16* from = sb + (left > 0 ? column * size_t(sb_stride) + unit * GROUP : 0);
         const uint32_t to = sb_base + 16 * (row * U_UNITS<GROUPS> + unit);
-        sb_aligned ? copy_group(to, from, left) : copy_unaligned(to, from, left);
+        copy_group(to, from, left, sb_aligned);
     }
 }
 
