@@ -252,11 +252,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 
     constexpr int WIDTH = GROUPS * GROUP;
     float* part = part_of_tile(partials, own_part(), TILE * WIDTH) + (warp * 16 + lane / 4) * WIDTH + lane % 4 * 2;
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-        *reinterpret_cast<float2*>(part + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
-        *reinterpret_cast<float2*>(part + group * GROUP + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
-    }
+    store_sums(part, sums);
     if (is_last_of_tile<SPLIT>()) {
         write_tile<GROUPS>(places, partials, first_row, product.tokens, width);
     }

@@ -90,6 +90,16 @@ __device__ __forceinline__ float* part_of_tile(float* partials, int part, int va
     return partials + (size_t(blockIdx.y) * SPLIT + part) * values;
 }
 
+// Writes 16 rows of 8 GROUPS columns, as `multiply` leaves them; `to`: row lane / 4, column lane % 4 * 2.
+template <int GROUPS>
+__device__ __forceinline__ void store_sums(float* to, const float (&sums)[GROUPS][4]) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        *reinterpret_cast<float2*>(to + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
+        *reinterpret_cast<float2*>(to + group * GROUP + 8 * GROUPS * GROUP) = make_float2(sums[group][2], sums[group][3]);
+    }
+}
+
 // Whether this block is the last of the BLOCKS of its tile to get here; it sees what all have written before.
 template <int BLOCKS>
 __device__ __forceinline__ bool is_last_of_tile() {

@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_step(uint32_t stage, const Product& product
 
 // The sums of this block to its part of the tile: [c][r], or [r][c] where `BY_RANK`.
 template <int GROUPS, bool BY_RANK>
-__device__ __forceinline__ void store_sums(float* part, const float (&sums)[GROUPS][4], int warp, int lane) {
+__device__ __forceinline__ void store_part(float* part, const float (&sums)[GROUPS][4], int warp, int lane) {
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
         const int c = warp * 16 + lane / 4, r = group * GROUP + lane % 4 * 2;
@@ -119,7 +119,7 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
     }
 
     float* part = part_of_tile(partials, own_part(), TILE * GROUPS * GROUP);
-    store_sums<GROUPS, BY_RANK>(part, sums, warp, lane);
+    store_part<GROUPS, BY_RANK>(part, sums, warp, lane);
     return is_last_of_tile<SPLIT>();
 }
 

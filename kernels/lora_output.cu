@@ -76,12 +76,7 @@ __device__ __forceinline__ void store_part_of_db(float* partials, const float (&
     float* part = partials + (size_t(blockIdx.y) * SHARES + blockIdx.x) * STRIP * WIDTH + (warp * 32 + lane / 4) * WIDTH + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            float* to = part + m * 16 * WIDTH + g * GROUP;
-            *reinterpret_cast<float2*>(to) = make_float2(sums[m][g][0], sums[m][g][1]);
-            *reinterpret_cast<float2*>(to + 8 * WIDTH) = make_float2(sums[m][g][2], sums[m][g][3]);
-        }
+        store_sums(part + m * 16 * WIDTH, sums[m]);
     }
 }
 
