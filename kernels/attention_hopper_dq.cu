@@ -84,71 +84,178 @@ struct ItemsDq {
     }
 };
 
+// Where things lie in shared memory.
 template <int D>
-__device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_v,
-                                            const CUtensorMap* map_o, const CUtensorMap* map_do, __nv_bfloat16* dq_out,
-                                            long long dq_stride, const float* lse, float* delta, const int4* tiles,
-                                            int tile_count, int tokens, int heads, int group, float scale) {
+struct PlacesDq {
     using Shared = LayoutDq<D>;
-    extern __shared__ uint8_t shared_bytes[];
-    const uint32_t shared_q = (shared_address(shared_bytes) + 1023) & ~1023u;
-    const uint32_t shared_do = shared_q + Shared::TILE_BYTES, shared_o = shared_do + Shared::TILE_BYTES;
-    const uint32_t slots = shared_q + Shared::SLOTS_AT;
-    const Barriers barriers = {shared_q + Shared::BARRIERS_AT};
-    barriers.initialise(1);
-    const ItemsDq items(tiles, tile_count, heads, group);
-    const int warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
+    uint32_t q, d_o, o, slots;
+    Barriers barriers;
+
+    __device__ __forceinline__ explicit PlacesDq(uint32_t base)
+        : q(base),
+          d_o(base + Shared::TILE_BYTES),
+          o(base + 2 * Shared::TILE_BYTES),
+          slots(base + Shared::SLOTS_AT),
+          barriers{base + Shared::BARRIERS_AT} {}
+};
+
+// One thread: loads k and v of all items, step by step, as the slots fall empty.
+template <int D>
+__device__ __forceinline__ void load_stream(const PlacesDq<D>& places, const ItemsDq& items, const CUtensorMap* map_k,
+                                            const CUtensorMap* map_v, int group) {
+    using Shared = LayoutDq<D>;
+    const Barriers& barriers = places.barriers;
     Ring ring;
-
-    if (warp < 4) {
-        registers_decrease<24>();
-        if (warp == 0 && lane == 0) {
-            for (int round = 0; items.index(round) < items.count; round++) {
-                const ItemDq item = items.get(items.index(round));
-                const int kv_head = item.head / group;
-                for (int kv0 = item.tile.z; kv0 < item.tile.y; kv0 += STREAM_ROWS) {
-                    const uint32_t at = slots + ring.slot * Shared::SLOT_BYTES, full = barriers.full(ring.slot);
-                    mbarrier_wait(barriers.empty(ring.slot), ring.parity ^ 1);
-                    mbarrier_arrive_expect(full, Shared::SLOT_BYTES);
-                    load_rows<D, STREAM_ROWS>(at, map_k, full, kv_head, kv0);
-                    load_rows<D, STREAM_ROWS>(at + Shared::STREAM_BYTES, map_v, full, kv_head, kv0);
-                    ring.next();
-                }
-            }
-        } else if (warp == 1 && lane == 0) {
-            // A warp of its own, so that a tile comes in as soon as the one before was read, not behind its kv rows.
-            uint32_t parity = 1;
-            for (int round = 0; items.index(round) < items.count; round++) {
-                const ItemDq item = items.get(items.index(round));
-                mbarrier_wait(barriers.tile_empty(), parity);
-                parity ^= 1;
-                mbarrier_arrive_expect(barriers.tile_full(), 3 * Shared::TILE_BYTES);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int head = items.head(item, i), row = items.row(item, i), offset = i * 64 * PANEL_ROW_BYTES;
-                    load_rows<D, TILE_ROWS>(shared_q + offset, map_q, barriers.tile_full(), head, row);
-                    load_rows<D, TILE_ROWS>(shared_do + offset, map_do, barriers.tile_full(), head, row);
-                    load_rows<D, TILE_ROWS>(shared_o + offset, map_o, barriers.tile_full(), head, row);
-                }
-            }
+    for (int round = 0; items.index(round) < items.count; round++) {
+        const ItemDq item = items.get(items.index(round));
+        const int kv_head = item.head / group;
+        for (int kv0 = item.tile.z; kv0 < item.tile.y; kv0 += STREAM_ROWS) {
+            const uint32_t at = places.slots + ring.slot * Shared::SLOT_BYTES, full = barriers.full(ring.slot);
+            mbarrier_wait(barriers.empty(ring.slot), ring.parity ^ 1);
+            mbarrier_arrive_expect(full, Shared::SLOT_BYTES);
+            load_rows<D, STREAM_ROWS>(at, map_k, full, kv_head, kv0);
+            load_rows<D, STREAM_ROWS>(at + Shared::STREAM_BYTES, map_v, full, kv_head, kv0);
+            ring.next();
         }
-        return;
     }
+}
 
-    registers_increase<240>();
+// One thread, of a warp of its own, so that a tile comes in as soon as the one before was read, not behind its kv rows.
+template <int D>
+__device__ __forceinline__ void load_tiles(const PlacesDq<D>& places, const ItemsDq& items, const CUtensorMap* map_q,
+                                           const CUtensorMap* map_do, const CUtensorMap* map_o) {
+    const Barriers& barriers = places.barriers;
+    uint32_t parity = 1;
+    for (int round = 0; items.index(round) < items.count; round++) {
+        const ItemDq item = items.get(items.index(round));
+        mbarrier_wait(barriers.tile_empty(), parity);
+        parity ^= 1;
+        mbarrier_arrive_expect(barriers.tile_full(), 3 * LayoutDq<D>::TILE_BYTES);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int head = items.head(item, i), row = items.row(item, i), offset = i * 64 * PANEL_ROW_BYTES;
+            load_rows<D, TILE_ROWS>(places.q + offset, map_q, barriers.tile_full(), head, row);
+            load_rows<D, TILE_ROWS>(places.d_o + offset, map_do, barriers.tile_full(), head, row);
+            load_rows<D, TILE_ROWS>(places.o + offset, map_o, barriers.tile_full(), head, row);
+        }
+    }
+}
+
+// P of S.
+__device__ __forceinline__ void compute_p(float (&s)[STREAM_ROWS / 2], float scale_log2, const float (&row_lse)[2]) {
+#pragma unroll
+    for (int i = 0; i < STREAM_ROWS / 2; i++) {
+        s[i] = exp2_fast(fmaf(s[i], scale_log2, -row_lse[i % 4 / 2]));
+    }
+}
+
+// dS of P and dP, as an operand.
+__device__ __forceinline__ void compute_ds(uint32_t (&ds_operand)[STREAM_ROWS / 4], const float (&p)[STREAM_ROWS / 2],
+                                           const float (&dp)[STREAM_ROWS / 2], const float (&row_delta)[2]) {
+#pragma unroll
+    for (int i = 0; i < STREAM_ROWS / 4; i++) {
+        const float row = row_delta[i % 2];
+        ds_operand[i] = pack_bf16(p[2 * i] * (dp[2 * i] - row), p[2 * i + 1] * (dp[2 * i + 1] - row));
+    }
+    hold(ds_operand);
+}
+
+// Kv rows behind a q row become -infinity: `first_kv` and `first_q` are those of this thread's first score.
+__device__ __forceinline__ void mask(float (&s)[STREAM_ROWS / 2], int first_q, int first_kv) {
+#pragma unroll
+    for (int i = 0; i < STREAM_ROWS / 2; i++) {
+        const int kv = first_kv + 8 * (i / 4) + i % 2, q = first_q + 8 * (i % 4 / 2);
+        s[i] = q >= kv ? s[i] : -infinity();
+    }
+}
+
+// Reads the rows of this warpgroup as operands, and computes delta of the two rows of this thread.
+template <int D>
+__device__ __forceinline__ void load_operands(uint32_t (&q_operand)[D / 4], uint32_t (&do_operand)[D / 4], float (&row_delta)[2],
+                                              const PlacesDq<D>& places, int warpgroup) {
+    load_operand<D>(do_operand, places.d_o, warpgroup);
+    load_operand<D>(q_operand, places.o, warpgroup);
+    row_dots(row_delta, do_operand, q_operand);
+    load_operand<D>(q_operand, places.q, warpgroup);
+    hold(q_operand);
+    hold(do_operand);
+}
+
+// The computing warpgroups take turns to start products, so that one computes P and dS while those of the other run.
+struct Turns {
+    int warpgroup;
+
+    __device__ __forceinline__ void wait() const { named_barrier_sync(1 + warpgroup, 256); }
+    __device__ __forceinline__ void pass() const { named_barrier_arrive(2 - warpgroup, 256); }
+};
+
+// A step, and what of `compute` it works on: all references, as a lambda has them (values make ptxas choose other registers).
+template <int D>
+struct StepDq {
+    using Shared = LayoutDq<D>;
+    const PlacesDq<D>& places;
+    const Turns& turns;
+    Ring& ring;
+    // The first row and column of this thread in a result.
+    const int &my_row, &my_column;
+    const float& scale_log2;
+    float (&dq)[D / 2], (&s)[STREAM_ROWS / 2], (&dp)[STREAM_ROWS / 2];
+    const uint32_t (&q_operand)[D / 4], (&do_operand)[D / 4];
+    uint32_t (&ds_operand)[STREAM_ROWS / 4];
+    // Of the two rows of this thread.
+    const float (&row_lse)[2], (&row_delta)[2];
+
+    // The kv rows from `kv0` on, with the q rows from `first_row` on. `held`: the slot that products under way still read.
+    __device__ __forceinline__ void run(int kv0, int first_row, int& held) const {
+        mbarrier_wait(places.barriers.full(ring.slot), ring.parity);
+        const int slot = same_in_warp(ring.slot);
+        const uint32_t at_k = places.slots + slot * Shared::SLOT_BYTES, at_v = at_k + Shared::STREAM_BYTES;
+        ring.next();
+        hold(s);
+        hold(dp);
+        wgmma_fence();
+        product_abt<D>(s, q_operand, at_k);
+        wgmma_commit();
+        product_abt<D>(dp, do_operand, at_v);
+        wgmma_commit();
+        turns.pass();
+        wgmma_wait<1>();
+        hold(s);
+        if (held >= 0) {
+            arrive_of_warp(places.barriers.empty(held));
+        }
+        held = slot;
+        if (kv0 + STREAM_ROWS - 1 > first_row) {
+            mask(s, first_row + my_row, kv0 + my_column);
+        }
+        compute_p(s, scale_log2, row_lse);
+        wgmma_wait<0>();
+        hold(dp);
+        compute_ds(ds_operand, s, dp, row_delta);
+        turns.wait();
+        hold(dq);
+        wgmma_fence();
+        product_ab<D>(dq, ds_operand, at_k);
+        wgmma_commit();
+    }
+};
+
+// A computing warpgroup: dq and delta of its 64 rows of every item of the block.
+template <int D>
+__device__ __forceinline__ void compute(const PlacesDq<D>& places, const ItemsDq& items, int warp, int lane,
+                                        __nv_bfloat16* dq_out, long long dq_stride, const float* lse, float* delta,
+                                        int tokens, float scale) {
+    const Barriers& barriers = places.barriers;
+    Ring ring;
     const int warpgroup = warp / 4 - 1;
     const float scale_log2 = scale * LOG2E;
-    // The first row and column of this thread in a result.
     const int my_row = warp % 4 * 16 + lane / 4, my_column = 2 * (lane % 4);
     uint32_t tile_parity = 0;
     float dq[D / 2], s[STREAM_ROWS / 2], dp[STREAM_ROWS / 2];
     uint32_t q_operand[D / 4], do_operand[D / 4], ds_operand[STREAM_ROWS / 4];
-
-    // The computing warpgroups take turns to start products, so that one computes P and dS while those of the other run.
-    const auto wait_for_turn = [&] { named_barrier_sync(1 + warpgroup, 256); };
-    const auto pass_turn = [&] { named_barrier_arrive(2 - warpgroup, 256); };
+    const Turns turns = {warpgroup};
     if (warpgroup == 1) {
-        pass_turn();
+        turns.pass();
     }
 
     ItemDq next = items.get(min(items.index(0), items.count - 1));
@@ -168,12 +275,7 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
         set_zero(dq);
         mbarrier_wait(barriers.tile_full(), tile_parity);
         tile_parity ^= 1;
-        load_operand<D>(do_operand, shared_do, warpgroup);
-        load_operand<D>(q_operand, shared_o, warpgroup);
-        row_dots(row_delta, do_operand, q_operand);
-        load_operand<D>(q_operand, shared_q, warpgroup);
-        hold(q_operand);
-        hold(do_operand);
+        load_operands(q_operand, do_operand, row_delta, places, warpgroup);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (lane % 4 == 0 && first_row + my_row + 8 * i < tile.y) {
@@ -186,68 +288,53 @@ __device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUte
         // kv tiles that the rows of this warpgroup see, of all that are loaded: at least one.
         const int steps = (tile.y - tile.z + STREAM_ROWS - 1) / STREAM_ROWS;
         const int seen_steps = min(steps, (first_row + 63 - tile.z) / STREAM_ROWS + 1);
-        // The slot that products under way still read.
         int held = -1;
-        wait_for_turn();
-        for (int step = 0; step < seen_steps; step++) {
-            mbarrier_wait(barriers.full(ring.slot), ring.parity);
-            const int slot = same_in_warp(ring.slot), kv0 = tile.z + step * STREAM_ROWS;
-            const uint32_t at_k = slots + slot * Shared::SLOT_BYTES, at_v = at_k + Shared::STREAM_BYTES;
-            ring.next();
-            hold(s);
-            hold(dp);
-            wgmma_fence();
-            product_abt<D>(s, q_operand, at_k);
-            wgmma_commit();
-            product_abt<D>(dp, do_operand, at_v);
-            wgmma_commit();
-            pass_turn();
-            wgmma_wait<1>();
-            hold(s);
-            if (held >= 0) {
-                arrive_of_warp(barriers.empty(held));
-            }
-            held = slot;
-            if (kv0 + STREAM_ROWS - 1 > first_row) {
-#pragma unroll
-                for (int i = 0; i < STREAM_ROWS / 2; i++) {
-                    const int kv = kv0 + my_column + 8 * (i / 4) + i % 2, q = first_row + my_row + 8 * (i % 4 / 2);
-                    s[i] = q >= kv ? s[i] : -infinity();
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < STREAM_ROWS / 2; i++) {
-                s[i] = exp2_fast(fmaf(s[i], scale_log2, -row_lse[i % 4 / 2]));
-            }
-            wgmma_wait<0>();
-            hold(dp);
-#pragma unroll
-            for (int i = 0; i < STREAM_ROWS / 4; i++) {
-                const float row = row_delta[i % 2];
-                ds_operand[i] = pack_bf16(s[2 * i] * (dp[2 * i] - row), s[2 * i + 1] * (dp[2 * i + 1] - row));
-            }
-            hold(ds_operand);
-            wait_for_turn();
-            hold(dq);
-            wgmma_fence();
-            product_ab<D>(dq, ds_operand, at_k);
-            wgmma_commit();
+        const StepDq<D> step = {places, turns, ring, my_row, my_column, scale_log2, dq, s, dp, q_operand, do_operand, ds_operand,
+                                row_lse, row_delta};
+        turns.wait();
+        for (int i = 0; i < seen_steps; i++) {
+            step.run(tile.z + i * STREAM_ROWS, first_row, held);
         }
-        pass_turn();
+        turns.pass();
         wgmma_wait<0>();
         hold(dq);
         read_behind_loop(q_operand, tokens < 0, delta);
         read_behind_loop(do_operand, tokens < 0, delta);
         arrive_of_warp(barriers.empty(held));
-        for (int step = seen_steps; step < steps; step++) {
+        for (int i = seen_steps; i < steps; i++) {
             mbarrier_wait(barriers.full(ring.slot), ring.parity);
             arrive_of_warp(barriers.empty(ring.slot));
             ring.next();
-            wait_for_turn();
-            pass_turn();
+            turns.wait();
+            turns.pass();
         }
         store_result<D>(dq, scale, dq_out + items.head(item, warpgroup) * D, dq_stride, first_row, tile.y);
     }
+}
+
+template <int D>
+__device__ __forceinline__ void backward_dq(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_v,
+                                            const CUtensorMap* map_o, const CUtensorMap* map_do, __nv_bfloat16* dq_out,
+                                            long long dq_stride, const float* lse, float* delta, const int4* tiles,
+                                            int tile_count, int tokens, int heads, int group, float scale) {
+    extern __shared__ uint8_t shared_bytes[];
+    const PlacesDq<D> places((shared_address(shared_bytes) + 1023) & ~1023u);
+    places.barriers.initialise(1);
+    const ItemsDq items(tiles, tile_count, heads, group);
+    const int warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
+
+    if (warp < 4) {
+        registers_decrease<24>();
+        if (warp == 0 && lane == 0) {
+            load_stream(places, items, map_k, map_v, group);
+        } else if (warp == 1 && lane == 0) {
+            load_tiles(places, items, map_q, map_do, map_o);
+        }
+        return;
+    }
+
+    registers_increase<240>();
+    compute(places, items, warp, lane, dq_out, dq_stride, lse, delta, tokens, scale);
 }
 
 #define BODY(D)                                                                                                           \

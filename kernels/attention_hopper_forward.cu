@@ -232,6 +232,131 @@ __device__ __forceinline__ void load(uint32_t base, const CUtensorMap& q_map, co
     }
 }
 
+// An item, as a thread of a warpgroup sees it.
+struct Item {
+    int blocks;
+    int full;   // blocks whose keys are seen by all rows of the warpgroup
+    int limit;  // of `mask`, for block 0
+    float maximum[2];
+    float sum[2];  // the thread's part
+};
+
+// Raises the maxima of rows whose `part` of a block's sum exceeds RAISE to those of the block, and corrects what was summed.
+// A row is raised for its own four threads' sake only, so that its bits do not depend on its neighbours.
+template <int D>
+__device__ __forceinline__ void raise(Item& item, const float (&s)[64], float scale_log2, const float (&part)[2],
+                                      float (&out)[D / 2]) {
+    const int lane = threadIdx.x % 32;
+    float row[2];
+    row_maxima(s, scale_log2, row);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t over = __ballot_sync(0xFFFFFFFF, part[r] > RAISE);
+        const bool raise = (over >> (lane & 28)) & 15;
+        const float correction = raise ? exp2_fast(item.maximum[r] - row[r]) : 1.0f;
+        item.maximum[r] = raise ? row[r] : item.maximum[r];
+        item.sum[r] *= correction;
+#pragma unroll
+        for (int i = 0; i < D / 4; ++i) out[4 * (i / 2) + 2 * r + i % 2] *= correction;
+    }
+}
+
+// lse of the thread's two rows; `inverse` becomes one over their sums.
+__device__ __forceinline__ void store_lse(float* __restrict__ lse, const Item& item, float (&inverse)[2], int head, int tokens,
+                                          int first, int rows) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float sum = item.sum[r];
+        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
+        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+        inverse[r] = __frcp_rn(sum);
+        const int row = lane / 4 + 8 * r;
+        if (lane % 4 == 0 && row < rows) {
+            lse[static_cast<size_t>(head) * tokens + first + row] = (item.maximum[r] + log2_fast(sum)) * LN_2;
+        }
+    }
+}
+
+// o of the warp's 16 rows, the first `rows` of them, through shared memory, so that rows are written in whole.
+// Chunk c (16 bytes) of row r at c ^ (r % 8): neither the stores nor the loads meet in a bank.
+template <int D>
+__device__ __forceinline__ void store_rows(__nv_bfloat16* __restrict__ o, size_t o_stride, int first, int head,
+                                           const float (&out)[D / 2], const float (&inverse)[2], uint32_t staging,
+                                           int rows) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+        const int row = lane % 16;
+        const int chunk = 2 * i + lane / 16;
+        stmatrix_x4(staging + row * D * 2 + (chunk ^ (row % 8)) * 16,
+                    pack_bf16(out[8 * i] * inverse[0], out[8 * i + 1] * inverse[0]),
+                    pack_bf16(out[8 * i + 2] * inverse[1], out[8 * i + 3] * inverse[1]),
+                    pack_bf16(out[8 * i + 4] * inverse[0], out[8 * i + 5] * inverse[0]),
+                    pack_bf16(out[8 * i + 6] * inverse[1], out[8 * i + 7] * inverse[1]));
+    }
+    __syncwarp();
+    constexpr int CHUNKS = D / 8;           // of a row
+    constexpr int AT_ONCE = 32 / CHUNKS;    // rows
+    const int chunk = lane % CHUNKS;
+    int4 bits[16 / AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < 16 / AT_ONCE; ++i) {
+        const int row = i * AT_ONCE + lane / CHUNKS;
+        bits[i] = load_shared(staging + row * D * 2 + (chunk ^ (row % 8)) * 16);
+    }
+    const int row = lane / CHUNKS;
+    __nv_bfloat16* target = o + (first + row) * o_stride + head * D + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < 16 / AT_ONCE; ++i) {
+        store_global(target, bits[i], row + i * AT_ONCE < rows);
+        target += AT_ONCE * o_stride;
+    }
+}
+
+// s = Q K^T of a block; `q` and `k`: the addresses of the warpgroup's rows and of the block's keys.
+template <int D, int WARPGROUPS>
+__device__ __forceinline__ void issue_scores(float (&s)[64], uint32_t q, uint32_t k) {
+    using S = Shape<D, WARPGROUPS>;
+    const uint64_t queries = descriptor_k_major(q);
+    const uint64_t keys = descriptor_k_major(k);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+        wgmma_shared<KEYS, K_MAJOR, K_MAJOR>(s, descriptor_advance(queries, i / 4 * S::Q_PANEL + i % 4 * 32),
+                                             descriptor_advance(keys, i / 4 * S::KV_PANEL + i % 4 * 32), i > 0);
+    }
+    wgmma_commit();
+}
+
+// out = or += P V of a block; `v`: the address of its values.
+template <int D>
+__device__ __forceinline__ void issue_values(float (&out)[D / 2], const uint32_t (&p)[32], uint32_t v, bool accumulate) {
+    const uint64_t values = descriptor_mn_major(v, KEYS * 128);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; ++i) {
+        wgmma_registers<D, MN_MAJOR>(out, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3],
+                                     descriptor_advance(values, i * 16 * 128), accumulate || i > 0);
+    }
+    wgmma_commit();
+}
+
+// Probabilities of a block behind an item's first, and its sums.
+template <int D>
+__device__ __forceinline__ void add_block(Item& item, const float (&s)[64], float scale_log2, uint32_t (&p)[32],
+                                          float (&out)[D / 2]) {
+    float part[2];
+    exponentials(s, scale_log2, item.maximum, p, part);
+    if (__any_sync(0xFFFFFFFF, fmaxf(part[0], part[1]) > RAISE)) {
+        raise<D>(item, s, scale_log2, part, out);
+        exponentials(s, scale_log2, item.maximum, p, part);
+    }
+    item.sum[0] += part[0];
+    item.sum[1] += part[1];
+}
+
 // A warpgroup: 64 rows of every item of the block.
 template <int D, int WARPGROUPS>
 __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict__ o, size_t o_stride,
@@ -246,16 +371,9 @@ __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict_
     const int next_turn = 1 + (warpgroup + 1) % WARPGROUPS;
     if (warpgroup == WARPGROUPS - 1) named_barrier_arrive(next_turn, 256);
 
-    struct Item {
-        int blocks;
-        int full;   // blocks whose keys are seen by all rows of the warpgroup
-        int limit;  // of `mask`, for block 0
-        float maximum[2];
-        float sum[2];  // the thread's part
-    };
-    float s[64];        // scores of the newest block
-    uint32_t p[32];     // its probabilities
-    float out[D / 2];   // sum of P V of the item's blocks so far
+    float s[64];       // scores of the newest block
+    uint32_t p[32];    // its probabilities
+    float out[D / 2];  // sum of P V of the item's blocks so far
     Slot<Q_STAGES> q_slot;
     Slot<KV_STAGES> k_slot, v_slot;
 
@@ -282,118 +400,44 @@ __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict_
         if (lane == 0) mbarrier_arrive(base + S::V_EMPTY + 8 * v_slot.index);
         v_slot.advance();
     };
-    // s = Q K^T
-    auto issue_scores = [&]() {
-        const uint64_t q = descriptor_k_major(base + S::Q + q_slot.index * S::Q_BYTES + warpgroup * 64 * 128);
-        const uint64_t k = descriptor_k_major(base + S::K + k_slot.index * S::KV_BYTES);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i) {
-            wgmma_shared<KEYS, K_MAJOR, K_MAJOR>(s, descriptor_advance(q, i / 4 * S::Q_PANEL + i % 4 * 32),
-                                                 descriptor_advance(k, i / 4 * S::KV_PANEL + i % 4 * 32), i > 0);
-        }
-        wgmma_commit();
+    auto start_scores = [&]() {
+        issue_scores<D, WARPGROUPS>(s, base + S::Q + q_slot.index * S::Q_BYTES + warpgroup * 64 * 128,
+                                    base + S::K + k_slot.index * S::KV_BYTES);
     };
-    // out = or += P V
-    auto issue_values = [&](bool accumulate) {
-        const uint64_t v = descriptor_mn_major(base + S::V + v_slot.index * S::KV_BYTES, S::KV_PANEL);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < KEYS / 16; ++i) {
-            wgmma_registers<D, MN_MAJOR>(out, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3],
-                                         descriptor_advance(v, i * 16 * 128), accumulate || i > 0);
-        }
-        wgmma_commit();
+    auto start_values = [&](bool accumulate) {
+        issue_values<D>(out, p, base + S::V + v_slot.index * S::KV_BYTES, accumulate);
     };
     // P V of block `block - 1`, and scores and probabilities of `block`.
     auto step = [&](auto masked, Item& item, int block) {
         wait_k();
         named_barrier_sync(turn, 256);
-        issue_scores();
+        start_scores();
         wait_v();
-        issue_values(block > 1);
+        start_values(block > 1);
         named_barrier_arrive(next_turn, 256);
         wgmma_wait<1>();
         release_k();
         if (decltype(masked)::value) mask(s, item.limit - block * KEYS);
         wgmma_wait<0>();
         release_v();
-        float part[2];
-        exponentials(s, scale_log2, item.maximum, p, part);
-        if (__any_sync(0xFFFFFFFF, fmaxf(part[0], part[1]) > RAISE)) {
-            float row[2];
-            row_maxima(s, scale_log2, row);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                // A row is raised for its own four threads' sake only, so that its bits do not depend on its neighbours.
-                const uint32_t over = __ballot_sync(0xFFFFFFFF, part[r] > RAISE);
-                const bool raise = (over >> (lane & 28)) & 15;
-                const float correction = raise ? exp2_fast(item.maximum[r] - row[r]) : 1.0f;
-                item.maximum[r] = raise ? row[r] : item.maximum[r];
-                item.sum[r] *= correction;
-#pragma unroll
-                for (int i = 0; i < D / 4; ++i) out[4 * (i / 2) + 2 * r + i % 2] *= correction;
-            }
-            exponentials(s, scale_log2, item.maximum, p, part);
-        }
-        item.sum[0] += part[0];
-        item.sum[1] += part[1];
+        add_block<D>(item, s, scale_log2, p, out);
     };
-    // o and lse of the warp's 16 rows, through shared memory, so that rows are written in whole.
+    // o and lse of the warp's 16 rows.
     auto store = [&](int round, const Item& item) {
         const int4 tile = load_shared(base + S::ITEM + 16 * (round % ITEMS));
         const int first = tile.x + 64 * warpgroup + 16 * warp;
         const int rows = tile.y - first;
         const int head = tile.w;
         float inverse[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float sum = item.sum[r];
-            sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
-            sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-            inverse[r] = __frcp_rn(sum);
-            const int row = lane / 4 + 8 * r;
-            if (lane % 4 == 0 && row < rows) {
-                lse[static_cast<size_t>(head) * tokens + first + row] = (item.maximum[r] + log2_fast(sum)) * LN_2;
-            }
-        }
-        // Chunk c (16 bytes) of row r at c ^ (r % 8): neither the stores nor the loads meet in a bank.
-        const uint32_t staging = base + S::O + (4 * warpgroup + warp) * 16 * D * 2;
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i) {
-            const int row = lane % 16;
-            const int chunk = 2 * i + lane / 16;
-            stmatrix_x4(staging + row * D * 2 + (chunk ^ (row % 8)) * 16,
-                        pack_bf16(out[8 * i] * inverse[0], out[8 * i + 1] * inverse[0]),
-                        pack_bf16(out[8 * i + 2] * inverse[1], out[8 * i + 3] * inverse[1]),
-                        pack_bf16(out[8 * i + 4] * inverse[0], out[8 * i + 5] * inverse[0]),
-                        pack_bf16(out[8 * i + 6] * inverse[1], out[8 * i + 7] * inverse[1]));
-        }
-        __syncwarp();
-        constexpr int CHUNKS = D / 8;           // of a row
-        constexpr int AT_ONCE = 32 / CHUNKS;    // rows
-        const int chunk = lane % CHUNKS;
-        int4 bits[16 / AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < 16 / AT_ONCE; ++i) {
-            const int row = i * AT_ONCE + lane / CHUNKS;
-            bits[i] = load_shared(staging + row * D * 2 + (chunk ^ (row % 8)) * 16);
-        }
-        const int row = lane / CHUNKS;
-        __nv_bfloat16* target = o + (first + row) * o_stride + head * D + chunk * 8;
-#pragma unroll
-        for (int i = 0; i < 16 / AT_ONCE; ++i) {
-            store_global(target, bits[i], row + i * AT_ONCE < rows);
-            target += AT_ONCE * o_stride;
-        }
+        store_lse(lse, item, inverse, head, tokens, first, rows);
+        store_rows<D>(o, o_stride, first, head, out, inverse, base + S::O + (4 * warpgroup + warp) * 16 * D * 2, rows);
     };
 
     Item item;
     next_item(0, item);
     wait_k();
     named_barrier_sync(turn, 256);
-    issue_scores();
+    start_scores();
     named_barrier_arrive(next_turn, 256);
     wgmma_wait<0>();
     release_k();
@@ -410,9 +454,9 @@ __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict_
         if (!next_item(round + 1, next)) break;
         wait_k();
         named_barrier_sync(turn, 256);
-        issue_scores();
+        start_scores();
         wait_v();
-        issue_values(item.blocks > 1);
+        start_values(item.blocks > 1);
         named_barrier_arrive(next_turn, 256);
         wgmma_wait<1>();
         release_k();
@@ -425,7 +469,7 @@ __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict_
         item = next;
     }
     wait_v();
-    issue_values(item.blocks > 1);
+    start_values(item.blocks > 1);
     wgmma_wait<0>();
     store(round, item);
 }

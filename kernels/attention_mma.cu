@@ -95,13 +95,88 @@ __device__ __forceinline__ void store_rows(bf16* head, ll stride, unsigned rows,
     }
 }
 
+// sums (16, ROWS) += a b^T, over D: a in registers, b rows of shared memory from place_b on.
+template <int D, int ROWS>
+__device__ __forceinline__ void add_abt(float (&sums)[ROWS / 8][4], const unsigned (&a)[D / 16][4], unsigned place) {
+#pragma unroll
+    for (int c = 0; c < D / 16; c++) {
+#pragma unroll
+        for (int n = 0; n < ROWS / 16; n++) {
+            unsigned b[4];
+            load_matrices(b, (place ^ (c * 32)) + n * 16 * D * 2);
+            multiply(sums[2 * n], a[c], b[0], b[1]), multiply(sums[2 * n + 1], a[c], b[2], b[3]);
+        }
+    }
+}
+
+// sums (16, D) += a b, over ROWS: a rounded to bf16, b rows of shared memory from place_a on.
+template <int D, int ROWS>
+__device__ __forceinline__ void add_ab(float (&sums)[D / 8][4], const float (&a)[ROWS / 8][4], unsigned place) {
+#pragma unroll
+    for (int c = 0; c < ROWS / 16; c++) {
+        const unsigned pairs[4] = {bf16_pair(a[2 * c][0], a[2 * c][1]), bf16_pair(a[2 * c][2], a[2 * c][3]),
+                                   bf16_pair(a[2 * c + 1][0], a[2 * c + 1][1]), bf16_pair(a[2 * c + 1][2], a[2 * c + 1][3])};
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            unsigned b[4];
+            load_transposed(b, (place ^ (n * 32)) + c * 16 * D * 2);
+            multiply(sums[2 * n], pairs, b[0], b[1]), multiply(sums[2 * n + 1], pairs, b[2], b[3]);
+        }
+    }
+}
+
+// Keys of a block of the forward.
+constexpr int FORWARD_KEYS = 64;
+
+// Keys behind a row become -infinity; `first_key` is the block's first, `first_row` the warp's.
+__device__ __forceinline__ void mask(float (&s)[2][FORWARD_KEYS / 8][4], int first_key, int first_row, int lane) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < FORWARD_KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (first_key + n * 8 + (lane & 3) * 2 + (i & 1) > first_row + m * 16 + lane / 4 + (i >> 1) * 8)
+                    s[m][n][i] = -INFINITY;
+}
+
+// Scores become probabilities of the rows' maxima so far; what was summed with other maxima shrinks to them.
+template <int D>
+__device__ __forceinline__ void softmax(float (&s)[2][FORWARD_KEYS / 8][4], float (&max)[2][2], float (&sum)[2][2],
+                                        float (&acc)[2][D / 8][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            // Each row sees key seq_start: the maximum is finite from the first block on. A row is spread over 4 lanes.
+            float top = max[m][h];
+#pragma unroll
+            for (int n = 0; n < FORWARD_KEYS / 8; n++) top = fmaxf(top, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            const float shrink = exp2_fast((max[m][h] - top) * factor), shift = top * factor;
+            max[m][h] = top;
+            float total = 0.0f;
+#pragma unroll
+            for (int n = 0; n < FORWARD_KEYS / 8; n++)
+#pragma unroll
+                for (int i = 2 * h; i < 2 * h + 2; i++) {
+                    s[m][n][i] = exp2_fast(fmaf(s[m][n][i], factor, -shift));
+                    total += s[m][n][i];
+                }
+            sum[m][h] = fmaf(sum[m][h], shrink, total);
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) acc[m][n][2 * h] *= shrink, acc[m][n][2 * h + 1] *= shrink;
+        }
+}
+
 // 4 warps of 32 rows; keys come in blocks of 64. The copy of v runs under q kᵀ, that of the next k under softmax and p v.
 template <int D>
 __device__ __forceinline__ void forward(bf16* o, ll o_stride, float* lse, const bf16* q, ll q_stride, const bf16* k, ll k_stride,
                                         const bf16* v, ll v_stride, const int4* tiles, int tokens, int heads, int group,
                                         float scale) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    constexpr int KEYS = 64, THREADS = 128;
+    constexpr int KEYS = FORWARD_KEYS, THREADS = 128;
     const int4 tile = tiles[blockIdx.x / heads];
     const int head = blockIdx.x % heads, start = tile.x, end = tile.y;
     q += (size_t)head * D, o += (size_t)head * D, k += (size_t)(head / group) * D, v += (size_t)(head / group) * D;
@@ -142,39 +217,9 @@ __device__ __forceinline__ void forward(bf16* o, ll o_stride, float* lse, const 
         commit_copies();
         if (seen) {
             if (first + KEYS - 1 > warp_first) {
-#pragma unroll
-                for (int m = 0; m < 2; m++)
-#pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            if (first + n * 8 + (lane & 3) * 2 + (i & 1) > warp_first + m * 16 + lane / 4 + (i >> 1) * 8)
-                                s[m][n][i] = -INFINITY;
+                mask(s, first, warp_first, lane);
             }
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    // Each row sees key seq_start: the maximum is finite from the first block on. A row is spread over 4 lanes.
-                    float top = max[m][h];
-#pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++) top = fmaxf(top, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-                    const float shrink = exp2_fast((max[m][h] - top) * factor), shift = top * factor;
-                    max[m][h] = top;
-                    float total = 0.0f;
-#pragma unroll
-                    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                        for (int i = 2 * h; i < 2 * h + 2; i++) {
-                            s[m][n][i] = exp2_fast(fmaf(s[m][n][i], factor, -shift));
-                            total += s[m][n][i];
-                        }
-                    sum[m][h] = fmaf(sum[m][h], shrink, total);
-#pragma unroll
-                    for (int n = 0; n < D / 8; n++) acc[m][n][2 * h] *= shrink, acc[m][n][2 * h + 1] *= shrink;
-                }
+            softmax<D>(s, max, sum, acc, factor);
 #pragma unroll
             for (int c = 0; c < KEYS / 16; c++) {
                 unsigned p[2][4], b[4];
@@ -206,6 +251,30 @@ __device__ __forceinline__ void forward(bf16* o, ll o_stride, float* lse, const 
             if ((lane & 3) == 0 && row < end) lse[(size_t)head * tokens + row] = max[m][h] * scale + logf(total);
         }
         store_rows<D>(o, o_stride, own_rows + m * 16 * D * 2, acc[m], inverse[0], inverse[1], warp_first + m * 16, end);
+    }
+}
+
+// p and ds of scores p and dp = ds, transposed; `stats`: lse and delta of the lane's first two queries. Queries before a key have p = 0.
+template <int ROWS>
+__device__ __forceinline__ void differentiate_transposed(float (&p)[ROWS / 8][4], float (&ds)[ROWS / 8][4], unsigned stats, float factor,
+                                                         bool masked, int first, int warp_first, int lane) {
+#pragma unroll
+    for (int n = 0; n < ROWS / 8; n++) {
+        float row_lse[2], row_delta[2];
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(row_lse[0]), "=f"(row_lse[1])
+                     : "r"(stats + n * 32)
+                     : "memory");
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(row_delta[0]), "=f"(row_delta[1])
+                     : "r"(stats + ROWS * 4 + n * 32)
+                     : "memory");
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            p[n][x] = exp2_fast(fmaf(p[n][x], factor, row_lse[x & 1] * -LOG2E));
+            if (masked && first + n * 8 + (lane & 3) * 2 + (x & 1) < warp_first + lane / 4 + (x >> 1) * 8) p[n][x] = 0.0f;
+            ds[n][x] = p[n][x] * (ds[n][x] - row_delta[x & 1]);
+        }
     }
 }
 
@@ -267,70 +336,32 @@ __device__ __forceinline__ void backward_dkdv(bf16* dk, ll dk_stride, bf16* dv, 
             const unsigned q_turned = place_a<D>(stage), dout_turned = place_a<D>(stage + ROWS * D * 2);
             const unsigned stats = stage + ROWS * D * 4 + (lane & 3) * 8;
             float p[ROWS / 8][4] = {}, ds[ROWS / 8][4] = {};
-#pragma unroll
-            for (int c = 0; c < D / 16; c++) {
-#pragma unroll
-                for (int n = 0; n < ROWS / 16; n++) {
-                    unsigned b[4];
-                    load_matrices(b, (q_place ^ (c * 32)) + n * 16 * D * 2);
-                    multiply(p[2 * n], k_regs[c], b[0], b[1]), multiply(p[2 * n + 1], k_regs[c], b[2], b[3]);
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < D / 16; c++) {
-#pragma unroll
-                for (int n = 0; n < ROWS / 16; n++) {
-                    unsigned b[4];
-                    load_matrices(b, (dout_place ^ (c * 32)) + n * 16 * D * 2);
-                    multiply(ds[2 * n], v_regs[c], b[0], b[1]), multiply(ds[2 * n + 1], v_regs[c], b[2], b[3]);
-                }
-            }
+            add_abt<D, ROWS>(p, k_regs, q_place);
+            add_abt<D, ROWS>(ds, v_regs, dout_place);
             const bool masked = first < warp_first + 15;
-#pragma unroll
-            for (int n = 0; n < ROWS / 8; n++) {
-                float row_lse[2], row_delta[2];
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                             : "=f"(row_lse[0]), "=f"(row_lse[1])
-                             : "r"(stats + n * 32)
-                             : "memory");
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                             : "=f"(row_delta[0]), "=f"(row_delta[1])
-                             : "r"(stats + ROWS * 4 + n * 32)
-                             : "memory");
-#pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    p[n][x] = exp2_fast(fmaf(p[n][x], factor, row_lse[x & 1] * -LOG2E));
-                    if (masked && first + n * 8 + (lane & 3) * 2 + (x & 1) < warp_first + lane / 4 + (x >> 1) * 8) p[n][x] = 0.0f;
-                    ds[n][x] = p[n][x] * (ds[n][x] - row_delta[x & 1]);
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < ROWS / 16; c++) {
-                const unsigned a[4] = {bf16_pair(p[2 * c][0], p[2 * c][1]), bf16_pair(p[2 * c][2], p[2 * c][3]),
-                                       bf16_pair(p[2 * c + 1][0], p[2 * c + 1][1]), bf16_pair(p[2 * c + 1][2], p[2 * c + 1][3])};
-#pragma unroll
-                for (int n = 0; n < D / 16; n++) {
-                    unsigned b[4];
-                    load_transposed(b, (dout_turned ^ (n * 32)) + c * 16 * D * 2);
-                    multiply(dv_acc[2 * n], a, b[0], b[1]), multiply(dv_acc[2 * n + 1], a, b[2], b[3]);
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < ROWS / 16; c++) {
-                const unsigned a[4] = {bf16_pair(ds[2 * c][0], ds[2 * c][1]), bf16_pair(ds[2 * c][2], ds[2 * c][3]),
-                                       bf16_pair(ds[2 * c + 1][0], ds[2 * c + 1][1]), bf16_pair(ds[2 * c + 1][2], ds[2 * c + 1][3])};
-#pragma unroll
-                for (int n = 0; n < D / 16; n++) {
-                    unsigned b[4];
-                    load_transposed(b, (q_turned ^ (n * 32)) + c * 16 * D * 2);
-                    multiply(dk_acc[2 * n], a, b[0], b[1]), multiply(dk_acc[2 * n + 1], a, b[2], b[3]);
-                }
-            }
+            differentiate_transposed<ROWS>(p, ds, stats, factor, masked, first, warp_first, lane);
+            add_ab<D, ROWS>(dv_acc, p, dout_turned);
+            add_ab<D, ROWS>(dk_acc, ds, q_turned);
         }
         head = next_head, first = next_first;
     }
     store_rows<D>(dk, dk_stride, k_own, dk_acc, scale, scale, warp_first, end);
     store_rows<D>(dv, dv_stride, v_own, dv_acc, 1.0f, 1.0f, warp_first, end);
+}
+
+// p and ds of scores p and dp = ds. Keys behind a row have p = 0.
+template <int KEYS>
+__device__ __forceinline__ void differentiate(float (&p)[KEYS / 8][4], float (&ds)[KEYS / 8][4], const float (&row_lse)[2],
+                                              const float (&row_delta)[2], float factor, bool masked, int first, int warp_first,
+                                              int lane) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            p[n][x] = exp2_fast(fmaf(p[n][x], factor, -row_lse[x >> 1]));
+            if (masked && first + n * 8 + (lane & 3) * 2 + (x & 1) > warp_first + lane / 4 + (x >> 1) * 8) p[n][x] = 0.0f;
+            ds[n][x] = p[n][x] * (ds[n][x] - row_delta[x >> 1]);
+        }
 }
 
 // 8 warps of 16 rows with q and dout in registers; keys and values come in blocks, double-buffered where q and dout were at first.
@@ -385,42 +416,11 @@ __device__ __forceinline__ void backward_dq(bf16* dq, ll dq_stride, const bf16* 
             const unsigned k_place = place_b<D>(base + stage), v_place = place_b<D>(base + stage + KEYS * D * 2),
                            k_turned = place_a<D>(base + stage);
             float p[KEYS / 8][4] = {}, ds[KEYS / 8][4] = {};
-#pragma unroll
-            for (int c = 0; c < D / 16; c++)
-#pragma unroll
-                for (int n = 0; n < KEYS / 16; n++) {
-                    unsigned b[4];
-                    load_matrices(b, (k_place ^ (c * 32)) + n * 16 * D * 2);
-                    multiply(p[2 * n], q_regs[c], b[0], b[1]), multiply(p[2 * n + 1], q_regs[c], b[2], b[3]);
-                }
-#pragma unroll
-            for (int c = 0; c < D / 16; c++)
-#pragma unroll
-                for (int n = 0; n < KEYS / 16; n++) {
-                    unsigned b[4];
-                    load_matrices(b, (v_place ^ (c * 32)) + n * 16 * D * 2);
-                    multiply(ds[2 * n], dout_regs[c], b[0], b[1]), multiply(ds[2 * n + 1], dout_regs[c], b[2], b[3]);
-                }
+            add_abt<D, KEYS>(p, q_regs, k_place);
+            add_abt<D, KEYS>(ds, dout_regs, v_place);
             const bool masked = first + KEYS - 1 > warp_first;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    p[n][x] = exp2_fast(fmaf(p[n][x], factor, -row_lse[x >> 1]));
-                    if (masked && first + n * 8 + (lane & 3) * 2 + (x & 1) > warp_first + lane / 4 + (x >> 1) * 8) p[n][x] = 0.0f;
-                    ds[n][x] = p[n][x] * (ds[n][x] - row_delta[x >> 1]);
-                }
-#pragma unroll
-            for (int c = 0; c < KEYS / 16; c++) {
-                const unsigned a[4] = {bf16_pair(ds[2 * c][0], ds[2 * c][1]), bf16_pair(ds[2 * c][2], ds[2 * c][3]),
-                                       bf16_pair(ds[2 * c + 1][0], ds[2 * c + 1][1]), bf16_pair(ds[2 * c + 1][2], ds[2 * c + 1][3])};
-#pragma unroll
-                for (int n = 0; n < D / 16; n++) {
-                    unsigned b[4];
-                    load_transposed(b, (k_turned ^ (n * 32)) + c * 16 * D * 2);
-                    multiply(acc[2 * n], a, b[0], b[1]), multiply(acc[2 * n + 1], a, b[2], b[3]);
-                }
-            }
+            differentiate<KEYS>(p, ds, row_lse, row_delta, factor, masked, first, warp_first, lane);
+            add_ab<D, KEYS>(acc, ds, k_turned);
         }
         stage ^= STAGE;
     }

@@ -86,6 +86,65 @@ struct Kept {
     }
 };
 
+// The gradient of a group: 2^(x * log2(e) - shift) * factor, less `scale` at the label; 0 where the row has no label.
+template <typename L, typename T>
+__device__ __forceinline__ void write_gradient(T* d, bool d_aligned, int group, const Eight<L>& read, int label, bool labelled,
+                                               float shift, float factor, float scale, int vocabulary) {
+    const int column = group * GROUP, at = label - column;
+    float x[GROUP];
+    unpack(read, x);
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        x[i] = labelled ? exp2_fast(fmaf(x[i], LOG2_E, -shift)) * factor : 0.0f;
+    }
+    if (labelled && at >= 0 && at < GROUP) {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            x[i] -= i == at ? scale : 0.0f;
+        }
+    }
+    const int left = vocabulary - column;
+    if (d_aligned && left >= GROUP) {
+        store_once(d + column, pack<T>(x));
+    } else {
+        store_part(d + column, left, false, x);
+    }
+}
+
+// Reads FLIGHT groups and takes them; with `keep` those are kept that there is room for.
+template <int FLIGHT, typename L>
+__device__ __forceinline__ void take_flight(Sum& mine, const Kept<L>& kept, const L* row, int group, bool keep) {
+    Eight<L> read[FLIGHT];
+#pragma unroll
+    for (int i = 0; i < FLIGHT; i++) {
+        const L* from = row + size_t(group + i * THREADS) * GROUP;
+        read[i] = group + i * THREADS < kept.groups ? load_once(from) : load(from);
+    }
+#pragma unroll
+    for (int i = 0; i < FLIGHT; i++) {
+        if (keep && group + i * THREADS < kept.groups) {
+            kept.put(group + i * THREADS, read[i]);
+        }
+        float x[GROUP];
+        unpack(read[i], x);
+        mine.take(x);
+    }
+}
+
+// Reads FLIGHT groups, back from `group`, and writes their gradients.
+template <int FLIGHT, typename L, typename Write>
+__device__ __forceinline__ void write_flight(const Write& write, const L* row, int group) {
+    Eight<L> read[FLIGHT];
+#pragma unroll
+    for (int i = 0; i < FLIGHT; i++) {
+        read[i] = load_once(row + size_t(group - i * THREADS) * GROUP);
+    }
+#pragma unroll
+    for (int i = 0; i < FLIGHT; i++) {
+        write(group - i * THREADS, read[i]);
+    }
+}
+
 template <typename L, typename T>
 __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride, const L* logits, long long stride,
                                                  const int* __restrict__ labels, float scale, float* __restrict__ loss_per_row,
@@ -105,21 +164,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
     int group = thread;
     if (labelled) {
         for (; group + (FLIGHT - 1) * THREADS < whole; group += FLIGHT * THREADS) {
-            Eight<L> read[FLIGHT];
-#pragma unroll
-            for (int i = 0; i < FLIGHT; i++) {
-                const L* from = row + size_t(group + i * THREADS) * GROUP;
-                read[i] = group + i * THREADS < kept.groups ? load_once(from) : load(from);
-            }
-#pragma unroll
-            for (int i = 0; i < FLIGHT; i++) {
-                if (d != nullptr && group + i * THREADS < kept.groups) {
-                    kept.put(group + i * THREADS, read[i]);
-                }
-                float x[GROUP];
-                unpack(read[i], x);
-                mine.take(x);
-            }
+            take_flight<FLIGHT>(mine, kept, row, group, d != nullptr);
         }
         for (; group < groups; group += THREADS) {
             const int left = vocabulary - group * GROUP;
@@ -151,25 +196,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
 
     const float factor = labelled ? scale / sum : 0.0f;
     const auto write = [&](int group, const Eight<L>& read) {
-        const int column = group * GROUP, at = label - column;
-        float x[GROUP];
-        unpack(read, x);
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            x[i] = labelled ? exp2_fast(fmaf(x[i], LOG2_E, -shift)) * factor : 0.0f;
-        }
-        if (labelled && at >= 0 && at < GROUP) {
-#pragma unroll
-            for (int i = 0; i < GROUP; i++) {
-                x[i] -= i == at ? scale : 0.0f;
-            }
-        }
-        const int left = vocabulary - column;
-        if (d_aligned && left >= GROUP) {
-            store_once(d + column, pack<T>(x));
-        } else {
-            store_part(d + column, left, false, x);
-        }
+        write_gradient(d, d_aligned, group, read, label, labelled, shift, factor, scale, vocabulary);
     };
     if (!labelled) {
         for (group = thread; group < groups; group += THREADS) {
@@ -185,15 +212,7 @@ __device__ __forceinline__ void forward_backward(T* dlogits, long long d_stride,
         write(group, load_part(row + size_t(group) * GROUP, vocabulary - group * GROUP, aligned));
     }
     for (; group - (FLIGHT - 1) * THREADS >= kept.groups; group -= FLIGHT * THREADS) {
-        Eight<L> read[FLIGHT];
-#pragma unroll
-        for (int i = 0; i < FLIGHT; i++) {
-            read[i] = load_once(row + size_t(group - i * THREADS) * GROUP);
-        }
-#pragma unroll
-        for (int i = 0; i < FLIGHT; i++) {
-            write(group - i * THREADS, read[i]);
-        }
+        write_flight<FLIGHT>(write, row, group);
     }
     for (; group >= kept.groups; group -= THREADS) {
         write(group, load_once(row + size_t(group) * GROUP));

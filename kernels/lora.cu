@@ -113,16 +113,83 @@ __device__ __forceinline__ void write(const Places& places, int row, int column,
     }
 }
 
+// 16-byte units of a row of a step of the tall matrix, in device memory and in shared memory.
+constexpr int UNITS = STEP / GROUP, TALL_UNITS = row_units(STEP);
+// Rows that the threads of a block copy at a time.
+constexpr int ROWS_AT_ONCE = LORA_THREADS / UNITS;
+static_assert(TILE % ROWS_AT_ONCE == 0, "every thread copies as many units");
+
+// Rows of a step of the small matrix, and 16-byte units of one in shared memory.
+template <int GROUPS, bool TRANSPOSED>
+struct Small {
+    static constexpr int ROWS = TRANSPOSED ? STEP : GROUPS * GROUP;
+    static constexpr int UNITS = row_units(TRANSPOSED ? GROUPS * GROUP : STEP);
+};
+
+// Writes the tile: the sums of its parts.
+template <int GROUPS>
+__device__ __forceinline__ void write_tile(const Places& places, const float* partials, int first_row, int tokens, int width) {
+    constexpr int WIDTH = GROUPS * GROUP;
+    for (int i = threadIdx.x; i < TILE * GROUPS; i += LORA_THREADS) {
+        const int row = i / GROUPS, column = i % GROUPS * GROUP, at = row * WIDTH + column;
+        if (first_row + row < tokens && column < width) {
+            const float4 low = total<SPLIT>(partials, at, TILE * WIDTH), high = total<SPLIT>(partials, at + 4, TILE * WIDTH);
+            write(places, first_row + row, column, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
+        }
+    }
+}
+
+// A step of the small matrix to shared memory: its rows from `column` on where it is transposed, else its columns, of which this thread
+// copies `left` values.
+template <int GROUPS, bool TRANSPOSED>
+__device__ __forceinline__ void load_small(uint32_t stage_small, const Product& product, bool small_aligned, int column, int left,
+                                           int width) {
+    using Rows = Small<GROUPS, TRANSPOSED>;
+    const int thread = threadIdx.x, own_unit = thread % UNITS, own_row = thread / UNITS, end_column = product.end_column;
+    if constexpr (TRANSPOSED) {
+#pragma unroll
+        for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
+            const int index = i * LORA_THREADS + thread, row = index / GROUPS, unit = index % GROUPS;
+            const bool is_there = column + row < end_column && unit * GROUP < width;
+            const bf16* from = product.small + (is_there ? (column + row) * size_t(product.small_stride) + unit * GROUP : 0);
+            const uint32_t to = stage_small + 16 * (row * Rows::UNITS + unit);
+            if (index < STEP * GROUPS) {
+                copy_group(to, from, is_there ? GROUP : 0, small_aligned);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < (Rows::ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
+            const int row = own_row + i * ROWS_AT_ONCE;
+            const bool is_there = row < width && left > 0;
+            const bf16* from = product.small + (is_there ? row * size_t(product.small_stride) + column + own_unit * GROUP : 0);
+            if (row < Rows::ROWS) {
+                copy_group(stage_small + 16 * (row * Rows::UNITS + own_unit), from, is_there ? left : 0);
+            }
+        }
+    }
+}
+
+// Half a step of the small matrix as operands.
+template <int GROUPS, bool TRANSPOSED>
+__device__ __forceinline__ void read_small(uint32_t (&right)[GROUPS][4], uint32_t stage_small, int half, int lane) {
+    constexpr int SMALL_UNITS = Small<GROUPS, TRANSPOSED>::UNITS;
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        if (TRANSPOSED) {
+            load_transposed(right[group], stage_small + 16 * ((half * 32 + lane) * SMALL_UNITS + group));
+        } else {
+            load_matrices(right[group], stage_small + 16 * ((group * GROUP + lane % 8) * SMALL_UNITS + half * 4 + lane / 8));
+        }
+    }
+}
+
 // tall[:, first_column:end_column] small^T for small (width, columns) with `TRANSPOSED` false; tall[...] small for small (columns, width)
 // with true. Of the result, `width` columns are written.
 template <int GROUPS, bool TRANSPOSED>
 __device__ __forceinline__ void project(const Places& places, const Product& product, float* partials, int tile, int width) {
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int TALL_UNITS = row_units(STEP), UNITS = STEP / GROUP;
-    constexpr int SMALL_ROWS = TRANSPOSED ? STEP : GROUPS * GROUP, SMALL_UNITS = TRANSPOSED ? row_units(GROUPS * GROUP) : TALL_UNITS;
-    constexpr int STAGE_BYTES = 16 * (TILE * TALL_UNITS + SMALL_ROWS * SMALL_UNITS);
-    constexpr int ROWS_AT_ONCE = LORA_THREADS / UNITS;
-    static_assert(TILE % ROWS_AT_ONCE == 0, "every thread copies as many units");
+    constexpr int STAGE_BYTES = 16 * (TILE * TALL_UNITS + Small<GROUPS, TRANSPOSED>::ROWS * Small<GROUPS, TRANSPOSED>::UNITS);
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     const int first_row = tile * TILE;
     const int end_column = product.end_column;
@@ -147,28 +214,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
             const int row = own_row + i * ROWS_AT_ONCE;
             copy_group(stage + 16 * (row * TALL_UNITS + own_unit), left > 0 ? tall_rows[i] + column : product.tall, left);
         }
-        if constexpr (TRANSPOSED) {
-#pragma unroll
-            for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
-                const int index = i * LORA_THREADS + thread, row = index / GROUPS, unit = index % GROUPS;
-                const bool is_there = column + row < end_column && unit * GROUP < width;
-                const bf16* from = product.small + (is_there ? (column + row) * size_t(product.small_stride) + unit * GROUP : 0);
-                const uint32_t to = stage_small + 16 * (row * SMALL_UNITS + unit);
-                if (index < STEP * GROUPS) {
-                    small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
-                }
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < (SMALL_ROWS + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; i++) {
-                const int row = own_row + i * ROWS_AT_ONCE;
-                const bool is_there = row < width && left > 0;
-                const bf16* from = product.small + (is_there ? row * size_t(product.small_stride) + column + own_unit * GROUP : 0);
-                if (row < SMALL_ROWS) {
-                    copy_group(stage_small + 16 * (row * SMALL_UNITS + own_unit), from, is_there ? left : 0);
-                }
-            }
-        }
+        load_small<GROUPS, TRANSPOSED>(stage_small, product, small_aligned, column, left, width);
     };
 
     float sums[GROUPS][4] = {};
@@ -192,14 +238,7 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
             load_matrices(left[0], stage + 16 * ((warp * 16 + lane % 16) * TALL_UNITS + 4 * half + lane / 16));
             load_matrices(left[1], stage + 16 * ((warp * 16 + lane % 16) * TALL_UNITS + 4 * half + 2 + lane / 16));
             uint32_t right[GROUPS][4];
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                if (TRANSPOSED) {
-                    load_transposed(right[group], stage_small + 16 * ((half * 32 + lane) * SMALL_UNITS + group));
-                } else {
-                    load_matrices(right[group], stage_small + 16 * ((group * GROUP + lane % 8) * SMALL_UNITS + half * 4 + lane / 8));
-                }
-            }
+            read_small<GROUPS, TRANSPOSED>(right, stage_small, half, lane);
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 multiply(sums[group], left[0], right[group][0], right[group][1]);
@@ -213,20 +252,9 @@ __device__ __forceinline__ void project(const Places& places, const Product& pro
 
     constexpr int WIDTH = GROUPS * GROUP;
     float* part = part_of_tile(partials, own_part(), TILE * WIDTH) + (warp * 16 + lane / 4) * WIDTH + lane % 4 * 2;
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-        *reinterpret_cast<float2*>(part + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
-        *reinterpret_cast<float2*>(part + group * GROUP + 8 * WIDTH) = make_float2(sums[group][2], sums[group][3]);
-    }
-    if (!is_last_of_tile<SPLIT>()) {
-        return;
-    }
-    for (int i = thread; i < TILE * GROUPS; i += LORA_THREADS) {
-        const int row = i / GROUPS, column = i % GROUPS * GROUP, at = row * WIDTH + column;
-        if (first_row + row < product.tokens && column < width) {
-            const float4 low = total<SPLIT>(partials, at, TILE * WIDTH), high = total<SPLIT>(partials, at + 4, TILE * WIDTH);
-            write(places, first_row + row, column, {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w});
-        }
+    store_sums(part, sums);
+    if (is_last_of_tile<SPLIT>()) {
+        write_tile<GROUPS>(places, partials, first_row, product.tokens, width);
     }
 }
 

@@ -59,6 +59,26 @@ __device__ __forceinline__ void copy_unaligned(uint32_t to, const bf16* from, in
                  : "memory");
 }
 
+// Either of the two.
+__device__ __forceinline__ void copy_group(uint32_t to, const bf16* from, int left, bool aligned) {
+    aligned ? copy_group(to, from, left) : copy_unaligned(to, from, left);
+}
+
+// Copies a step of a small matrix with a row for each token, those from `first` on, by the THREADS threads of a block: GROUPS units of each,
+// 0 from `tokens` and from `width` values on.
+template <int GROUPS, int THREADS>
+__device__ __forceinline__ void copy_tokens(uint32_t stage, const bf16* small, long long stride, bool aligned, int first, int tokens, int width) {
+#pragma unroll
+    for (int i = 0; i < (STEP * GROUPS + THREADS - 1) / THREADS; i++) {
+        const int index = i * THREADS + int(threadIdx.x), row = index / GROUPS, unit = index % GROUPS, token = first + row;
+        const bool is_there = token < tokens && unit * GROUP < width;
+        const bf16* from = small + (is_there ? token * size_t(stride) + unit * GROUP : 0);
+        if (index < STEP * GROUPS) {
+            copy_group(stage + 16 * (row * row_units(GROUPS * GROUP) + unit), from, is_there ? GROUP : 0, aligned);
+        }
+    }
+}
+
 // Blocks of each tile that have left their part: 0 before and after every launch.
 __device__ int arrivals[MAX_TILES];
 
@@ -68,6 +88,16 @@ __device__ __forceinline__ int own_part() { return blockIdx.x; }
 // Where that part is left: `values` floats, a multiple of 4.
 __device__ __forceinline__ float* part_of_tile(float* partials, int part, int values) {
     return partials + (size_t(blockIdx.y) * SPLIT + part) * values;
+}
+
+// Writes 16 rows of 8 GROUPS columns, as `multiply` leaves them; `to`: row lane / 4, column lane % 4 * 2.
+template <int GROUPS>
+__device__ __forceinline__ void store_sums(float* to, const float (&sums)[GROUPS][4]) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        *reinterpret_cast<float2*>(to + group * GROUP) = make_float2(sums[group][0], sums[group][1]);
+        *reinterpret_cast<float2*>(to + group * GROUP + 8 * GROUPS * GROUP) = make_float2(sums[group][2], sums[group][3]);
+    }
 }
 
 // Whether this block is the last of the BLOCKS of its tile to get here; it sees what all have written before.

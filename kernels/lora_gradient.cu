@@ -22,81 +22,35 @@ struct Product {
     int tokens;
 };
 
-// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to its
-// part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
+// A row of a tile of the tall matrix, and of the small one, in 16-byte units.
+constexpr int UNITS = TILE / GROUP, TALL_UNITS = row_units(TILE);
+template <int GROUPS>
+constexpr int SMALL_UNITS = row_units(GROUPS * GROUP);
+// Rows of the tall matrix that the threads of a block copy at a time.
+constexpr int ROWS_AT_ONCE = LORA_THREADS / UNITS;
+static_assert(STEP % ROWS_AT_ONCE == 0, "every thread copies as many units");
+
+// A step of both matrices to shared memory, the small one behind the tall one. A thread copies one unit of every ROWS_AT_ONCE-th row of
+// the tall one. Of the small one's columns, those from `width` on are 0.
+template <int GROUPS>
+__device__ __forceinline__ void load_step(uint32_t stage, const Product& product, bool small_aligned, int step, int width) {
+    const int thread = threadIdx.x, own_unit = thread % UNITS, own_row = thread / UNITS;
+    const int column = product.first_column + own_unit * GROUP, left = product.end_column - column;
+    const uint32_t stage_small = stage + 16 * STEP * TALL_UNITS;
+#pragma unroll
+    for (int i = 0; i < STEP / ROWS_AT_ONCE; i++) {
+        // Tokens beyond the last are copies of it here, and 0 in the small matrix.
+        const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, product.tokens - 1);
+        const bf16* from = product.tall + (left > 0 ? token * size_t(product.tall_stride) + column : 0);
+        copy_group(stage + 16 * (row * TALL_UNITS + own_unit), from, left);
+    }
+    copy_tokens<GROUPS, LORA_THREADS>(stage_small, product.small, product.small_stride, small_aligned, step * STEP, product.tokens,
+                                      width);
+}
+
+// The sums of this block to its part of the tile: [c][r], or [r][c] where `BY_RANK`.
 template <int GROUPS, bool BY_RANK>
-__device__ __forceinline__ bool sum_over_tokens(const Product& product, float* partials, int width) {
-    extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int TALL_UNITS = row_units(TILE), UNITS = TILE / GROUP, SMALL_UNITS = row_units(GROUPS * GROUP);
-    constexpr int STAGE_BYTES = 16 * STEP * (TALL_UNITS + SMALL_UNITS), ROWS_AT_ONCE = LORA_THREADS / UNITS;
-    static_assert(STEP % ROWS_AT_ONCE == 0, "every thread copies as many units");
-    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    const uint32_t base = shared_address(shared);
-    const bool small_aligned = is_aligned(product.small);
-    const int all_steps = (product.tokens + STEP - 1) / STEP;
-    const int begin = all_steps * own_part() / SPLIT, end = all_steps * (own_part() + 1) / SPLIT;
-
-    const int own_unit = thread % UNITS, own_row = thread / UNITS;
-    const int column = product.first_column + own_unit * GROUP;
-    const int left = product.end_column - column;
-    const auto load_step = [&](int step) {
-        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
-#pragma unroll
-        for (int i = 0; i < STEP / ROWS_AT_ONCE; i++) {
-            // Tokens beyond the last are copies of it here, and 0 in the small matrix.
-            const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, product.tokens - 1);
-            const bf16* from = product.tall + (left > 0 ? token * size_t(product.tall_stride) + column : 0);
-            copy_group(stage + 16 * (row * TALL_UNITS + own_unit), from, left);
-        }
-#pragma unroll
-        for (int i = 0; i < (STEP * GROUPS + LORA_THREADS - 1) / LORA_THREADS; i++) {
-            const int index = i * LORA_THREADS + thread, row = index / GROUPS, unit = index % GROUPS, token = step * STEP + row;
-            const bool is_there = token < product.tokens && unit * GROUP < width;
-            const bf16* from = product.small + (is_there ? token * size_t(product.small_stride) + unit * GROUP : 0);
-            if (index < STEP * GROUPS) {
-                const uint32_t to = stage_small + 16 * (row * SMALL_UNITS + unit);
-                small_aligned ? copy_group(to, from, is_there ? GROUP : 0) : copy_unaligned(to, from, is_there ? GROUP : 0);
-            }
-        }
-    };
-
-    float sums[GROUPS][4] = {};
-    for (int step = begin; step < begin + STAGES - 1; step++) {
-        if (step < end) {
-            load_step(step);
-        }
-        commit_copies();
-    }
-    for (int step = begin; step < end; step++) {
-        await_copies<STAGES - 2>();
-        __syncthreads();
-        if (step + STAGES - 1 < end) {
-            load_step(step + STAGES - 1);
-        }
-        commit_copies();
-        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
-#pragma unroll
-        for (int half = 0; half < STEP / 32; half++) {
-            uint32_t left_low[4], left_high[4], right[GROUPS][4];
-            const int row = half * 32 + lane / 16 * 8 + lane % 8, unit = warp * 2 + lane / 8 % 2;
-            load_transposed(left_low, stage + 16 * (row * TALL_UNITS + unit));
-            load_transposed(left_high, stage + 16 * ((row + 16) * TALL_UNITS + unit));
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                load_transposed(right[group], stage_small + 16 * ((half * 32 + lane) * SMALL_UNITS + group));
-            }
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                multiply(sums[group], left_low, right[group][0], right[group][1]);
-            }
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) {
-                multiply(sums[group], left_high, right[group][2], right[group][3]);
-            }
-        }
-    }
-
-    float* part = part_of_tile(partials, own_part(), TILE * GROUPS * GROUP);
+__device__ __forceinline__ void store_part(float* part, const float (&sums)[GROUPS][4], int warp, int lane) {
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
         const int c = warp * 16 + lane / 4, r = group * GROUP + lane % 4 * 2;
@@ -110,6 +64,62 @@ __device__ __forceinline__ bool sum_over_tokens(const Product& product, float* p
             *reinterpret_cast<float2*>(part + (c + 8) * GROUPS * GROUP + r) = make_float2(sums[group][2], sums[group][3]);
         }
     }
+}
+
+// The sums over tokens of tall[t][first_column + c] small[t][r] for the TILE columns c and 8 GROUPS columns r, as this block has them, to its
+// part: [c][r], or [r][c] where `BY_RANK`. Of r, those from `width` on are of no use. True in the last block of the tile.
+template <int GROUPS, bool BY_RANK>
+__device__ __forceinline__ bool sum_over_tokens(const Product& product, float* partials, int width) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int STAGE_BYTES = 16 * STEP * (TALL_UNITS + SMALL_UNITS<GROUPS>);
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const uint32_t base = shared_address(shared);
+    const bool small_aligned = is_aligned(product.small);
+    const int all_steps = (product.tokens + STEP - 1) / STEP;
+    const int begin = all_steps * own_part() / SPLIT, end = all_steps * (own_part() + 1) / SPLIT;
+
+    const auto load = [&](int step) {
+        load_step<GROUPS>(base + (step - begin) % STAGES * STAGE_BYTES, product, small_aligned, step, width);
+    };
+
+    float sums[GROUPS][4] = {};
+    for (int step = begin; step < begin + STAGES - 1; step++) {
+        if (step < end) {
+            load(step);
+        }
+        commit_copies();
+    }
+    for (int step = begin; step < end; step++) {
+        await_copies<STAGES - 2>();
+        __syncthreads();
+        if (step + STAGES - 1 < end) {
+            load(step + STAGES - 1);
+        }
+        commit_copies();
+        const uint32_t stage = base + (step - begin) % STAGES * STAGE_BYTES, stage_small = stage + 16 * STEP * TALL_UNITS;
+#pragma unroll
+        for (int half = 0; half < STEP / 32; half++) {
+            uint32_t left_low[4], left_high[4], right[GROUPS][4];
+            const int row = half * 32 + lane / 16 * 8 + lane % 8, unit = warp * 2 + lane / 8 % 2;
+            load_transposed(left_low, stage + 16 * (row * TALL_UNITS + unit));
+            load_transposed(left_high, stage + 16 * ((row + 16) * TALL_UNITS + unit));
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                load_transposed(right[group], stage_small + 16 * ((half * 32 + lane) * SMALL_UNITS<GROUPS> + group));
+            }
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                multiply(sums[group], left_low, right[group][0], right[group][1]);
+            }
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                multiply(sums[group], left_high, right[group][2], right[group][3]);
+            }
+        }
+    }
+
+    float* part = part_of_tile(partials, own_part(), TILE * GROUPS * GROUP);
+    store_part<GROUPS, BY_RANK>(part, sums, warp, lane);
     return is_last_of_tile<SPLIT>();
 }
 

@@ -19,6 +19,11 @@ static_assert(STRIP == 8 * 32 && STEP == 4 * 16, "what the warps have");
 
 namespace {
 
+// 16-byte units of a row of dy, and of u and s B, in shared memory.
+constexpr int DY_UNITS = row_units(STRIP);
+template <int GROUPS>
+constexpr int U_UNITS = row_units(GROUPS * GROUP);
+
 // A projection's strip.
 struct Strip {
     // The first column is a multiple of 8.
@@ -41,177 +46,13 @@ __device__ __forceinline__ Strip strip_of(const LoraGradient& group, int index) 
     }
 }
 
+// dB of a strip: the sum of its parts, to the gradient. By the last block of the strip.
 template <int GROUPS>
-__device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
-                                          const bf16* sb, long long sb_stride, float* du_partials, float* partials, int tokens,
-                                          int padded_rank) {
-    extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int WIDTH = GROUPS * GROUP, SMALL_UNITS = row_units(WIDTH), TALL_UNITS = row_units(STRIP), UNITS = STRIP / GROUP;
-    constexpr int STAGE_BYTES = 16 * STEP * (TALL_UNITS + SMALL_UNITS), ROWS_AT_ONCE = OUTPUT_THREADS / UNITS;
-    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
-    const Strip strip = strip_of(group, blockIdx.y);
-    const uint32_t base = shared_address(shared), sb_base = base + OUTPUT_STAGES * STAGE_BYTES;
-    // The second halves of du, double-buffered.
-    float4* halves = reinterpret_cast<float4*>(shared + OUTPUT_STAGES * STAGE_BYTES + 16 * STRIP * SMALL_UNITS);
-    const int all_steps = (tokens + STEP - 1) / STEP;
-    const int begin = all_steps * blockIdx.x / SHARES, end = all_steps * (blockIdx.x + 1) / SHARES;
-    u += strip.projection * padded_rank;
-    sb += strip.projection * padded_rank;
-    const bool u_aligned = is_aligned(u), sb_aligned = is_aligned(sb);
-
-    for (int i = thread; i < STRIP * GROUPS; i += OUTPUT_THREADS) {
-        const int row = i / GROUPS, unit = i % GROUPS, column = strip.first_column + row;
-        const int left = column < strip.end_output && unit * GROUP < padded_rank ? GROUP : 0;
-        const bf16* from = sb + (left > 0 ? column * size_t(sb_stride) + unit * GROUP : 0);
-        const uint32_t to = sb_base + 16 * (row * SMALL_UNITS + unit);
-        sb_aligned ? copy_group(to, from, left) : copy_unaligned(to, from, left);
-    }
-    commit_copies();
-
-    const int own_unit = thread % UNITS, own_row = thread / UNITS;
-    const int column = strip.first_column + own_unit * GROUP, left = strip.end_output - column;
-    const auto load_step = [&](int step) {
-        const uint32_t stage = base + (step - begin) % OUTPUT_STAGES * STAGE_BYTES, stage_u = stage + 16 * STEP * TALL_UNITS;
-#pragma unroll
-        for (int i = 0; i < STEP / ROWS_AT_ONCE; i++) {
-            // Tokens beyond the last are copies of it: 0 in u, and their du is not written.
-            const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, tokens - 1);
-            copy_group(stage + 16 * (row * TALL_UNITS + own_unit), dy + (left > 0 ? token * size_t(dy_stride) + column : 0), left);
-        }
-#pragma unroll
-        for (int i = 0; i < (STEP * GROUPS + OUTPUT_THREADS - 1) / OUTPUT_THREADS; i++) {
-            const int index = i * OUTPUT_THREADS + thread, row = index / GROUPS, unit = index % GROUPS, token = step * STEP + row;
-            const int count = token < tokens && unit * GROUP < padded_rank ? GROUP : 0;
-            const bf16* from = u + (count > 0 ? token * size_t(u_stride) + unit * GROUP : 0);
-            if (index < STEP * GROUPS) {
-                const uint32_t to = stage_u + 16 * (row * SMALL_UNITS + unit);
-                u_aligned ? copy_group(to, from, count) : copy_unaligned(to, from, count);
-            }
-        }
-    };
-    for (int step = begin; step < begin + OUTPUT_STAGES - 1; step++) {
-        if (step < end) {
-            load_step(step);
-        }
-        commit_copies();
-    }
-
-    // s B of this warp's half of the strip stays in registers.
-    const int tile = warp % 4, half = warp / 4;
-    uint32_t b[4][GROUPS][4];
-    await_copies<OUTPUT_STAGES - 1>();
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            load_transposed(b[k][g], sb_base + 16 * ((half * (STRIP / 2) + k * 32 + lane) * SMALL_UNITS + g));
-        }
-    }
-
-    float sums[2][GROUPS][4] = {}, du[GROUPS][4];
-    // Adds the other half of the last step's du, which is in shared memory since the last barrier.
-    const auto write_du = [&](int step) {
-        const int token = step * STEP + tile * 16 + lane / 4;
-        float* to = du_partials + (size_t(blockIdx.y) * tokens + token) * WIDTH + lane % 4 * 2;
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            const float4 other = halves[((step % 2 * 4 + tile) * GROUPS + g) * WARP + lane];
-            if (token < tokens) {
-                *reinterpret_cast<float2*>(to + g * GROUP) = make_float2(du[g][0] + other.x, du[g][1] + other.y);
-            }
-            if (token + 8 < tokens) {
-                *reinterpret_cast<float2*>(to + g * GROUP + 8 * WIDTH) = make_float2(du[g][2] + other.z, du[g][3] + other.w);
-            }
-        }
-    };
-    for (int step = begin; step < end; step++) {
-        await_copies<OUTPUT_STAGES - 2>();
-        __syncthreads();
-        if (step + OUTPUT_STAGES - 1 < end) {
-            load_step(step + OUTPUT_STAGES - 1);
-        }
-        commit_copies();
-        if (half == 0 && step > begin) {
-            write_du(step - 1);
-        }
-        const uint32_t stage = base + (step - begin) % OUTPUT_STAGES * STAGE_BYTES, stage_u = stage + 16 * STEP * TALL_UNITS;
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                du[g][i] = 0.0f;
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            uint32_t low[4], high[4];
-            const uint32_t row = stage + 16 * ((tile * 16 + lane % 16) * TALL_UNITS + half * (UNITS / 2) + 4 * k + lane / 16);
-            load_matrices(low, row);
-            load_matrices(high, row + 32);
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                multiply(du[g], low, b[k][g][0], b[k][g][1]);
-            }
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                multiply(du[g], high, b[k][g][2], b[k][g][3]);
-            }
-        }
-        if (half == 1) {
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                halves[((step % 2 * 4 + tile) * GROUPS + g) * WARP + lane] = make_float4(du[g][0], du[g][1], du[g][2], du[g][3]);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < STEP / 32; k++) {
-            uint32_t right[GROUPS][4];
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                load_transposed(right[g], stage_u + 16 * ((k * 32 + lane) * SMALL_UNITS + g));
-            }
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                uint32_t low[4], high[4];
-                const int row = k * 32 + lane / 16 * 8 + lane % 8, unit = warp * 4 + m * 2 + lane / 8 % 2;
-                load_transposed(low, stage + 16 * (row * TALL_UNITS + unit));
-                load_transposed(high, stage + 16 * ((row + 16) * TALL_UNITS + unit));
-#pragma unroll
-                for (int g = 0; g < GROUPS; g++) {
-                    multiply(sums[m][g], low, right[g][0], right[g][1]);
-                }
-#pragma unroll
-                for (int g = 0; g < GROUPS; g++) {
-                    multiply(sums[m][g], high, right[g][2], right[g][3]);
-                }
-            }
-        }
-    }
-    __syncthreads();
-    if (half == 0 && end > begin) {
-        write_du(end - 1);
-    }
-
-    if (group.gradient[strip.projection] == nullptr) {
-        return;
-    }
-    float* part = partials + (size_t(blockIdx.y) * SHARES + blockIdx.x) * STRIP * WIDTH + (warp * 32 + lane / 4) * WIDTH + lane % 4 * 2;
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            float* to = part + m * 16 * WIDTH + g * GROUP;
-            *reinterpret_cast<float2*>(to) = make_float2(sums[m][g][0], sums[m][g][1]);
-            *reinterpret_cast<float2*>(to + 8 * WIDTH) = make_float2(sums[m][g][2], sums[m][g][3]);
-        }
-    }
-    if (!is_last_of_tile<SHARES>()) {
-        return;
-    }
+__device__ __forceinline__ void add_db(const LoraGradient& group, const Strip& strip, const float* partials) {
+    constexpr int WIDTH = GROUPS * GROUP;
     const int rank = group.rank[strip.projection];
     const float scale = group.scale[strip.projection];
-    for (int i = thread; i < STRIP * WIDTH / 4; i += OUTPUT_THREADS) {
+    for (int i = threadIdx.x; i < STRIP * WIDTH / 4; i += OUTPUT_THREADS) {
         const int c = i / (WIDTH / 4), r = i % (WIDTH / 4) * 4, output = strip.first_column + c, count = rank - r;
         if (output < strip.first_output || output >= strip.end_output || count <= 0) {
             continue;
@@ -225,6 +66,209 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
                 to[j] += scale * values[j];
             }
         }
+    }
+}
+
+// Leaves this block's part of the strip's dB.
+template <int GROUPS>
+__device__ __forceinline__ void store_part_of_db(float* partials, const float (&sums)[2][GROUPS][4], int warp, int lane) {
+    constexpr int WIDTH = GROUPS * GROUP;
+    float* part = partials + (size_t(blockIdx.y) * SHARES + blockIdx.x) * STRIP * WIDTH + (warp * 32 + lane / 4) * WIDTH + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        store_sums(part + m * 16 * WIDTH, sums[m]);
+    }
+}
+
+// du (16, 8 GROUPS) = dy (s B) of 16 tokens and half a strip: `dy` is where this lane's row of dy begins, b is s B.
+template <int GROUPS>
+__device__ __forceinline__ void multiply_du(float (&du)[GROUPS][4], const uint32_t (&b)[4][GROUPS][4], uint32_t dy) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            du[g][i] = 0.0f;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t low[4], high[4];
+        load_matrices(low, dy + 64 * k);
+        load_matrices(high, dy + 64 * k + 32);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            multiply(du[g], low, b[k][g][0], b[k][g][1]);
+        }
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            multiply(du[g], high, b[k][g][2], b[k][g][3]);
+        }
+    }
+}
+
+// sums += dy^T u of a step, for the warp's 32 columns of dy.
+template <int GROUPS>
+__device__ __forceinline__ void multiply_db(float (&sums)[2][GROUPS][4], uint32_t stage, int warp, int lane) {
+    const uint32_t stage_u = stage + 16 * STEP * DY_UNITS;
+#pragma unroll
+    for (int k = 0; k < STEP / 32; k++) {
+        uint32_t right[GROUPS][4];
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            load_transposed(right[g], stage_u + 16 * ((k * 32 + lane) * U_UNITS<GROUPS> + g));
+        }
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            uint32_t low[4], high[4];
+            const int row = k * 32 + lane / 16 * 8 + lane % 8, unit = warp * 4 + m * 2 + lane / 8 % 2;
+            load_transposed(low, stage + 16 * (row * DY_UNITS + unit));
+            load_transposed(high, stage + 16 * ((row + 16) * DY_UNITS + unit));
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                multiply(sums[m][g], low, right[g][0], right[g][1]);
+            }
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                multiply(sums[m][g], high, right[g][2], right[g][3]);
+            }
+        }
+    }
+}
+
+// A step's dy, and u behind it, to shared memory. A thread copies one unit of every ROWS_AT_ONCE-th row of dy.
+template <int GROUPS>
+__device__ __forceinline__ void load_step(uint32_t stage, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
+                                          bool u_aligned, const Strip& strip, int step, int tokens, int padded_rank) {
+    constexpr int UNITS = STRIP / GROUP, ROWS_AT_ONCE = OUTPUT_THREADS / UNITS;
+    const int thread = threadIdx.x, own_unit = thread % UNITS, own_row = thread / UNITS;
+    const int column = strip.first_column + own_unit * GROUP, left = strip.end_output - column;
+    const uint32_t stage_u = stage + 16 * STEP * DY_UNITS;
+#pragma unroll
+    for (int i = 0; i < STEP / ROWS_AT_ONCE; i++) {
+        // Tokens beyond the last are copies of it: 0 in u, and their du is not written.
+        const int row = own_row + i * ROWS_AT_ONCE, token = min(step * STEP + row, tokens - 1);
+        copy_group(stage + 16 * (row * DY_UNITS + own_unit), dy + (left > 0 ? token * size_t(dy_stride) + column : 0), left);
+    }
+    copy_tokens<GROUPS, OUTPUT_THREADS>(stage_u, u, u_stride, u_aligned, step * STEP, tokens, padded_rank);
+}
+
+// s B of a strip to shared memory.
+template <int GROUPS>
+__device__ __forceinline__ void load_sb(uint32_t sb_base, const bf16* sb, long long sb_stride, const Strip& strip, int padded_rank) {
+    const bool sb_aligned = is_aligned(sb);
+    for (int i = threadIdx.x; i < STRIP * GROUPS; i += OUTPUT_THREADS) {
+        const int row = i / GROUPS, unit = i % GROUPS, column = strip.first_column + row;
+        const int left = column < strip.end_output && unit * GROUP < padded_rank ? GROUP : 0;
+        const bf16* from = sb + (left > 0 ? column * size_t(sb_stride) + unit * GROUP : 0);
+        const uint32_t to = sb_base + 16 * (row * U_UNITS<GROUPS> + unit);
+        copy_group(to, from, left, sb_aligned);
+    }
+}
+
+// du of this lane's two tokens, `token` and the eighth behind it: this warp's half and the other, which is in shared memory.
+template <int GROUPS>
+__device__ __forceinline__ void store_du(float* to, const float (&du)[GROUPS][4], const float4* other_half, int token, int tokens) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        const float4 other = other_half[g * WARP];
+        if (token < tokens) {
+            *reinterpret_cast<float2*>(to + g * GROUP) = make_float2(du[g][0] + other.x, du[g][1] + other.y);
+        }
+        if (token + 8 < tokens) {
+            *reinterpret_cast<float2*>(to + g * GROUP + 8 * GROUPS * GROUP) = make_float2(du[g][2] + other.z, du[g][3] + other.w);
+        }
+    }
+}
+
+// s B of half a strip to registers.
+template <int GROUPS>
+__device__ __forceinline__ void read_sb(uint32_t (&b)[4][GROUPS][4], uint32_t sb_base, int half, int lane) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            load_transposed(b[k][g], sb_base + 16 * ((half * (STRIP / 2) + k * 32 + lane) * U_UNITS<GROUPS> + g));
+        }
+    }
+}
+
+template <int GROUPS>
+__device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
+                                          const bf16* sb, long long sb_stride, float* du_partials, float* partials, int tokens,
+                                          int padded_rank) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int WIDTH = GROUPS * GROUP;
+    constexpr int STAGE_BYTES = 16 * STEP * (DY_UNITS + U_UNITS<GROUPS>);
+    const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
+    const Strip strip = strip_of(group, blockIdx.y);
+    const uint32_t base = shared_address(shared), sb_base = base + OUTPUT_STAGES * STAGE_BYTES;
+    // The second halves of du, double-buffered.
+    float4* halves = reinterpret_cast<float4*>(shared + OUTPUT_STAGES * STAGE_BYTES + 16 * STRIP * U_UNITS<GROUPS>);
+    const int all_steps = (tokens + STEP - 1) / STEP;
+    const int begin = all_steps * blockIdx.x / SHARES, end = all_steps * (blockIdx.x + 1) / SHARES;
+    u += strip.projection * padded_rank;
+    sb += strip.projection * padded_rank;
+
+    const bool u_aligned = is_aligned(u);
+    load_sb<GROUPS>(sb_base, sb, sb_stride, strip, padded_rank);
+    commit_copies();
+
+    const auto stage_of = [&](int step) { return base + (step - begin) % OUTPUT_STAGES * STAGE_BYTES; };
+    const auto load = [&](int step) {
+        load_step<GROUPS>(stage_of(step), dy, dy_stride, u, u_stride, u_aligned, strip, step, tokens, padded_rank);
+    };
+    for (int step = begin; step < begin + OUTPUT_STAGES - 1; step++) {
+        if (step < end) {
+            load(step);
+        }
+        commit_copies();
+    }
+
+    // s B of this warp's half of the strip stays in registers.
+    const int tile = warp % 4, half = warp / 4;
+    uint32_t b[4][GROUPS][4];
+    await_copies<OUTPUT_STAGES - 1>();
+    __syncthreads();
+    read_sb(b, sb_base, half, lane);
+
+    float sums[2][GROUPS][4] = {}, du[GROUPS][4];
+    // Adds the other half of the last step's du, which is in shared memory since the last barrier.
+    const auto write_du = [&](int step) {
+        const int token = step * STEP + tile * 16 + lane / 4;
+        float* to = du_partials + (size_t(blockIdx.y) * tokens + token) * WIDTH + lane % 4 * 2;
+        store_du(to, du, halves + (step % 2 * 4 + tile) * GROUPS * WARP + lane, token, tokens);
+    };
+    for (int step = begin; step < end; step++) {
+        await_copies<OUTPUT_STAGES - 2>();
+        __syncthreads();
+        if (step + OUTPUT_STAGES - 1 < end) {
+            load(step + OUTPUT_STAGES - 1);
+        }
+        commit_copies();
+        if (half == 0 && step > begin) {
+            write_du(step - 1);
+        }
+        const uint32_t stage = stage_of(step);
+        multiply_du(du, b, stage + 16 * ((tile * 16 + lane % 16) * DY_UNITS + half * (STRIP / 2 / GROUP) + lane / 16));
+        if (half == 1) {
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                halves[((step % 2 * 4 + tile) * GROUPS + g) * WARP + lane] = make_float4(du[g][0], du[g][1], du[g][2], du[g][3]);
+            }
+        }
+        multiply_db(sums, stage, warp, lane);
+    }
+    __syncthreads();
+    if (half == 0 && end > begin) {
+        write_du(end - 1);
+    }
+
+    if (group.gradient[strip.projection] == nullptr) {
+        return;
+    }
+    store_part_of_db(partials, sums, warp, lane);
+    if (is_last_of_tile<SHARES>()) {
+        add_db<GROUPS>(group, strip, partials);
     }
 }
 
