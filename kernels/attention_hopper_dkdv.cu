@@ -214,7 +214,7 @@ struct ThreadDkdv {
     float scale_log2;
 };
 
-// A step, and what of `compute` it works on: all references, as a lambda has them (values make ptxas choose other registers).
+// A step, and what of `compute` it works on: all references in this order, as a lambda has them (ptxas chooses other registers otherwise).
 template <int D>
 struct StepDkdv {
     using Shared = LayoutDkdv<D>;
