@@ -202,18 +202,7 @@ __device__ __forceinline__ void load_rows(uint32_t destination, const CUtensorMa
     }
 }
 
-// Slots that a producer fills and the consumers empty, one after the other.
-struct Ring {
-    int slot = 0;
-    uint32_t parity = 0;
-
-    __device__ __forceinline__ void next() {
-        if (++slot == STAGES) {
-            slot = 0;
-            parity ^= 1;
-        }
-    }
-};
+using Ring = RingOf<STAGES>;
 
 struct Barriers {
     uint32_t at;

@@ -45,21 +45,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
-// Whether the phase of this parity is over; does not wait.
-__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    return done != 0;
-}
-
 // A work item: a kv tile of one kv head, 64 rows for each computing warpgroup. It loops over the q tiles of the sequence from
 // the last back to the kv tile, and over the q heads of the group in each: blocks that run at the same time so read the same q
 // tiles at about the same time, out of the L2 cache. S and dP are computed transposed (rows kv, columns q), so that P^T and

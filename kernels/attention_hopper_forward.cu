@@ -71,19 +71,6 @@ struct Shape {
 };
 static_assert(Shape<128, 2>::SHARED_BYTES == 230656 && Shape<64, 3>::SHARED_BYTES == 140544, "the launch rule above");
 
-// A slot of a ring and the parity of the round it is in.
-template <int STAGES>
-struct Slot {
-    int index = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == STAGES) {
-            index = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 template <bool VALUE>
 struct Flag {
     static constexpr bool value = VALUE;
@@ -178,37 +165,37 @@ __device__ __forceinline__ void load(uint32_t base, const CUtensorMap& q_map, co
                                      const CUtensorMap& v_map, const int4* __restrict__ tiles, int items, int heads,
                                      int group) {
     using S = Shape<D, WARPGROUPS>;
-    Slot<Q_STAGES> q_slot;
-    Slot<KV_STAGES> kv_slot;
+    RingOf<Q_STAGES> q_ring;
+    RingOf<KV_STAGES> kv_ring;
 
     // The description is (q_start, q_end, seq_start, head); head -1 ends the work.
     auto load_item = [&](int round) {
         const int item = item_at(round);
-        const uint32_t full = base + S::Q_FULL + 8 * q_slot.index;
+        const uint32_t full = base + S::Q_FULL + 8 * q_ring.slot;
         int4 tile = make_int4(0, 0, 0, -1);
         if (item < items) {
             tile = tiles[item / heads];
             tile.w = item % heads;
         }
-        mbarrier_wait(base + S::Q_EMPTY + 8 * q_slot.index, q_slot.parity ^ 1);
+        mbarrier_wait(base + S::Q_EMPTY + 8 * q_ring.slot, q_ring.parity ^ 1);
         store_shared(base + S::ITEM + 16 * (round % ITEMS), tile);
         if (tile.w < 0) {
             mbarrier_arrive(full);
         } else {
             mbarrier_arrive_expect(full, S::Q_BYTES);
             for (int panel = 0; panel < S::PANELS; ++panel) {
-                tma_load_2d(base + S::Q + q_slot.index * S::Q_BYTES + panel * S::Q_PANEL, &q_map, full,
+                tma_load_2d(base + S::Q + q_ring.slot * S::Q_BYTES + panel * S::Q_PANEL, &q_map, full,
                             tile.w * D + 64 * panel, tile.x);
             }
         }
-        q_slot.advance();
+        q_ring.next();
         return tile;
     };
     auto load_block = [&](const CUtensorMap& map, uint32_t ring, uint32_t full, uint32_t empty, int column, int row) {
-        mbarrier_wait(empty + 8 * kv_slot.index, kv_slot.parity ^ 1);
-        mbarrier_arrive_expect(full + 8 * kv_slot.index, S::KV_BYTES);
+        mbarrier_wait(empty + 8 * kv_ring.slot, kv_ring.parity ^ 1);
+        mbarrier_arrive_expect(full + 8 * kv_ring.slot, S::KV_BYTES);
         for (int panel = 0; panel < S::PANELS; ++panel) {
-            tma_load_2d(ring + kv_slot.index * S::KV_BYTES + panel * S::KV_PANEL, &map, full + 8 * kv_slot.index,
+            tma_load_2d(ring + kv_ring.slot * S::KV_BYTES + panel * S::KV_PANEL, &map, full + 8 * kv_ring.slot,
                         column + 64 * panel, row);
         }
     };
@@ -224,7 +211,7 @@ __device__ __forceinline__ void load(uint32_t base, const CUtensorMap& q_map, co
         for (int block = 0; block < blocks; ++block) {
             load_block(k_map, base + S::K, base + S::K_FULL, base + S::K_EMPTY, column, tile.z + block * KEYS);
             load_block(v_map, base + S::V, base + S::V_FULL, base + S::V_EMPTY, column, tile.z + block * KEYS);
-            kv_slot.advance();
+            kv_ring.next();
             // Early, since q comes from device memory, and after enough k and v to keep the warpgroups busy.
             if (block == min(1, blocks - 1)) next = load_item(round + 1);
         }
@@ -374,11 +361,11 @@ __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict_
     float s[64];       // scores of the newest block
     uint32_t p[32];    // its probabilities
     float out[D / 2];  // sum of P V of the item's blocks so far
-    Slot<Q_STAGES> q_slot;
-    Slot<KV_STAGES> k_slot, v_slot;
+    RingOf<Q_STAGES> q_ring;
+    RingOf<KV_STAGES> k_ring, v_ring;
 
     auto next_item = [&](int round, Item& item) {
-        mbarrier_wait(base + S::Q_FULL + 8 * q_slot.index, q_slot.parity);
+        mbarrier_wait(base + S::Q_FULL + 8 * q_ring.slot, q_ring.parity);
         const int4 tile = load_shared(base + S::ITEM + 16 * (round % ITEMS));
         const int first = tile.x + 64 * warpgroup - tile.z;
         item.blocks = blocks_of(tile);
@@ -387,25 +374,25 @@ __device__ __forceinline__ void attend(uint32_t base, __nv_bfloat16* __restrict_
         return tile.w >= 0;
     };
     auto release_q = [&]() {
-        if (lane == 0) mbarrier_arrive(base + S::Q_EMPTY + 8 * q_slot.index);
-        q_slot.advance();
+        if (lane == 0) mbarrier_arrive(base + S::Q_EMPTY + 8 * q_ring.slot);
+        q_ring.next();
     };
-    auto wait_k = [&]() { mbarrier_wait(base + S::K_FULL + 8 * k_slot.index, k_slot.parity); };
-    auto wait_v = [&]() { mbarrier_wait(base + S::V_FULL + 8 * v_slot.index, v_slot.parity); };
+    auto wait_k = [&]() { mbarrier_wait(base + S::K_FULL + 8 * k_ring.slot, k_ring.parity); };
+    auto wait_v = [&]() { mbarrier_wait(base + S::V_FULL + 8 * v_ring.slot, v_ring.parity); };
     auto release_k = [&]() {
-        if (lane == 0) mbarrier_arrive(base + S::K_EMPTY + 8 * k_slot.index);
-        k_slot.advance();
+        if (lane == 0) mbarrier_arrive(base + S::K_EMPTY + 8 * k_ring.slot);
+        k_ring.next();
     };
     auto release_v = [&]() {
-        if (lane == 0) mbarrier_arrive(base + S::V_EMPTY + 8 * v_slot.index);
-        v_slot.advance();
+        if (lane == 0) mbarrier_arrive(base + S::V_EMPTY + 8 * v_ring.slot);
+        v_ring.next();
     };
     auto start_scores = [&]() {
-        issue_scores<D, WARPGROUPS>(s, base + S::Q + q_slot.index * S::Q_BYTES + warpgroup * 64 * 128,
-                                    base + S::K + k_slot.index * S::KV_BYTES);
+        issue_scores<D, WARPGROUPS>(s, base + S::Q + q_ring.slot * S::Q_BYTES + warpgroup * 64 * 128,
+                                    base + S::K + k_ring.slot * S::KV_BYTES);
     };
     auto start_values = [&](bool accumulate) {
-        issue_values<D>(out, p, base + S::V + v_slot.index * S::KV_BYTES, accumulate);
+        issue_values<D>(out, p, base + S::V + v_ring.slot * S::KV_BYTES, accumulate);
     };
     // P V of block `block - 1`, and scores and probabilities of `block`.
     auto step = [&](auto masked, Item& item, int block) {
