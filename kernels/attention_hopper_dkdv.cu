@@ -248,7 +248,7 @@ struct StepDkdv {
         hold(dk);
         hold(ds_operand);
         if (held >= 0) {
-            arrive_of_warp(places.barriers.empty(held));
+            mbarrier_arrive(places.barriers.empty(held));
         }
         held = slot;
         start_dp(slot);
@@ -322,11 +322,11 @@ __device__ __forceinline__ void compute(const PlacesDkdv<D>& places, const ItemD
             read_behind_loop(k_operand, never, dk_out);
             read_behind_loop(v_operand, never, dv_out);
         }
-        arrive_of_warp(barriers.empty(held));
+        mbarrier_arrive(barriers.empty(held));
     }
     for (int i = seen_steps; i < steps; i++) {
         step.wait_full();
-        arrive_of_warp(barriers.empty(ring.slot));
+        mbarrier_arrive(barriers.empty(ring.slot));
         ring.next();
     }
     store_result<D>(dk, scale, dk_out + item.kv_head * D, dk_stride, first_row, tile.y);

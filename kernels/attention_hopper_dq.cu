@@ -222,7 +222,7 @@ struct StepDq {
         wgmma_wait<1>();
         hold(s);
         if (held >= 0) {
-            arrive_of_warp(places.barriers.empty(held));
+            mbarrier_arrive(places.barriers.empty(held));
         }
         held = slot;
         if (kv0 + STREAM_ROWS - 1 > first_row) {
@@ -283,7 +283,7 @@ __device__ __forceinline__ void compute(const PlacesDq<D>& places, const ItemsDq
             }
         }
         // The next tile may come in while this one is worked on.
-        arrive_of_warp(barriers.tile_empty());
+        mbarrier_arrive(barriers.tile_empty());
 
         // kv tiles that the rows of this warpgroup see, of all that are loaded: at least one.
         const int steps = (tile.y - tile.z + STREAM_ROWS - 1) / STREAM_ROWS;
@@ -300,10 +300,10 @@ __device__ __forceinline__ void compute(const PlacesDq<D>& places, const ItemsDq
         hold(dq);
         read_behind_loop(q_operand, tokens < 0, delta);
         read_behind_loop(do_operand, tokens < 0, delta);
-        arrive_of_warp(barriers.empty(held));
+        mbarrier_arrive(barriers.empty(held));
         for (int i = seen_steps; i < steps; i++) {
             mbarrier_wait(barriers.full(ring.slot), ring.parity);
-            arrive_of_warp(barriers.empty(ring.slot));
+            mbarrier_arrive(barriers.empty(ring.slot));
             ring.next();
             turns.wait();
             turns.pass();

@@ -281,7 +281,7 @@ __device__ __forceinline__ void du_and_db(const LoraGradient& group, const bf16*
 // du_partials (strips, tokens, width); partials (strips, SHARES, STRIP, width).
 // Launch rule: a projection whose outputs are columns f .. l of dy has ceil((l - f / 8 * 8) / STRIP) strips;
 // grid (SHARES, strips of all projections), block (256), shared bytes 16 * (3 * 64 * (33 + (width / 8 | 1)) + 256 * (width / 8 | 1) + 32 * width).
-extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(OUTPUT_THREADS, 1)
     lora_du_db_bf16(const __grid_constant__ LoraGradient group, const bf16* dy, long long dy_stride, const bf16* u, long long u_stride,
                     const bf16* sb, long long sb_stride, float* du_partials, float* partials, int tokens, int padded_rank) {
     if (padded_rank <= 16) {

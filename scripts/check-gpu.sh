@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What must hold of the training on this machine's first GPU, with a real small model: 30 steps in f32 and in bf16 follow the CPU's loss
-# curve; the same job over HTTP trains on the GPU, and where its worker is killed (kill -9) goes on to the same adapter, byte by byte.
+# What must hold of the training on this machine's GPUs, with a real small model: 30 steps in f32 and in bf16 follow the CPU's loss curve;
+# the same job over HTTP trains on a GPU, and where its worker is killed (kill -9) goes on to the same adapter, byte by byte. Where there
+# are several GPUs of one kind: as many jobs at once, one on each, end with that adapter too.
 # Needs a build with the feature `cuda` (LORAD_PROGRAM names one that is built already). usage: check-gpu.sh [MODEL.gguf]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -84,4 +85,22 @@ kill_worker_after 15
 wait_for_job
 [ "$(adapter_hash)" = "$straight" ] || fail "the adapter of the killed run differs from that of the straight one"
 echo "  the adapters are equal: $straight"
+gpus=$("$lorad" devices | grep -c '^cuda:')
+if [ "$gpus" -gt 1 ]; then
+    say "3. $gpus jobs at once"
+    logged=$(wc -l <"$work/server.log")
+    jobs=()
+    for ((i = 0; i < gpus; i++)); do
+        submit
+        jobs+=("$job")
+    done
+    for job in "${jobs[@]}"; do
+        wait_for_job
+        [ "$(adapter_hash)" = "$straight" ] || fail "the adapter of job $job differs from that of the straight one"
+    done
+    used=$(tail -n "+$((logged + 1))" "$work/server.log" | grep 'attempt claimed' | grep -o 'cuda:[0-9]*' | sort | uniq -c)
+    echo "$used"
+    [ "$(wc -l <<<"$used")" -eq "$gpus" ] || fail "not every GPU had a job"
+    echo "  the adapters are equal"
+fi
 say "Done"
