@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::Delta;
 use crate::model::weights::{StoredRows, Weight, dequantize_blocks};
 use crate::ops::matmul::{Matrix, gemm_values};
-use crate::quant::{BlockType, Unfit, quantize_blocks};
+use crate::quant::{BlockType, Directions, Unfit, quantize_blocks, quantize_merged};
 use crate::{Error, Result};
 
 /// Values of a band, so that a tensor of any size takes little memory.
@@ -24,6 +24,8 @@ pub(super) struct MergedTensor<'a> {
     name: String,
     weight: Weight,
     delta: Option<Delta<'a>>,
+    /// Of the delta's A.
+    directions: Option<Directions>,
     scale: f32,
 }
 
@@ -59,7 +61,8 @@ impl<'a> MergedTensor<'a> {
                 }
             }
         }
-        Ok(Self { name: name.to_owned(), weight, delta, scale })
+        let directions = delta.as_ref().map(|delta| Directions::new(&delta.lora_a, weight.columns()));
+        Ok(Self { name: name.to_owned(), weight, delta, directions, scale })
     }
 
     /// Whether a LoRA is merged in.
@@ -121,12 +124,16 @@ impl<'a> MergedTensor<'a> {
             gemm_values(values, (columns, 1), (self.scale, b, a, 1.0), false);
         }
         for (&dtype, out) in dtypes.iter().zip(task.outs) {
-            if self.delta.is_none() && dtype == self.weight.dtype() && dtype.is_quantized() {
-                // Nothing is gained by rounding once more what is rounded already.
-                out.copy_from_slice(stored);
-            } else {
-                quantize_blocks(dtype, values, out).map_err(|unfit| self.refuse(unfit, task.rows.start, dtype))?;
-            }
+            let rounded = match &self.directions {
+                Some(directions) if dtype.is_quantized() => quantize_merged(dtype, values, out, directions),
+                None if dtype.is_quantized() && dtype == self.weight.dtype() => {
+                    // Nothing is gained by rounding once more what is rounded already.
+                    out.copy_from_slice(stored);
+                    Ok(())
+                }
+                _ => quantize_blocks(dtype, values, out),
+            };
+            rounded.map_err(|unfit| self.refuse(unfit, task.rows.start, dtype))?;
         }
         Ok(())
     }

@@ -117,7 +117,9 @@ fn every_tensor_is_base_plus_lora_in_the_targets_rounding() {
             let reference = candle_merge(&base, &folder.path().join("tiny.gguf"), name);
             let found = candle_tensor(&target, name).dequantize(&Device::Cpu).expect("f32");
             let largest = reference.abs().and_then(|t| t.flatten_all()?.max(0)?.to_scalar::<f32>()).expect("not empty");
-            let tolerance = largest * (tolerance(dtype) + 1e-6);
+            // The nearest level, or with a LoRA one beside it, which is another two of these away.
+            let levels = if dtype.is_quantized() && name.starts_with("blk.") { 3.0 } else { 1.0 };
+            let tolerance = largest * (levels * tolerance(dtype) + 1e-6);
             let difference = largest_difference(&reference, &found);
             assert!(difference <= tolerance, "{quantization:?} {name}: {difference} > {tolerance}");
         }

@@ -9,6 +9,7 @@ use std::array;
 use pulp::Simd;
 
 use super::lanes::{Lanes, nearest};
+use super::rounding::Rounding;
 use super::search::{Found, Grid, affine, symmetric, symmetric_by_descent};
 use super::small::put;
 
@@ -26,7 +27,7 @@ pub(super) trait KQuant<const G: usize, const N: usize> {
     fn search<S: Simd>(simd: S, values: &[f32]) -> Found<N>;
 
     /// Rounds the scales of a super-block, and the levels for them.
-    fn pack(x: &[f32], block: &mut [u8], groups: Groups<G>);
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<G>, rounding: &mut impl Rounding);
 }
 
 /// What the search left for the groups of one super-block.
@@ -42,6 +43,7 @@ pub(super) fn quantize<S: Simd, K: KQuant<G, N>, const G: usize, const N: usize>
     simd: S,
     values: &[f32],
     out: &mut [u8],
+    rounding: &mut impl Rounding,
 ) {
     let lanes = S::F32_LANES;
     if lanes < G {
@@ -54,7 +56,7 @@ pub(super) fn quantize<S: Simd, K: KQuant<G, N>, const G: usize, const N: usize>
                     groups.take(turn * lanes + lane, &found, lane);
                 }
             }
-            K::pack(x, block, groups);
+            K::pack(x, block, groups, rounding);
         }
         return;
     }
@@ -66,7 +68,7 @@ pub(super) fn quantize<S: Simd, K: KQuant<G, N>, const G: usize, const N: usize>
             for group in 0..G {
                 groups.take(group, &found, index * G + group);
             }
-            K::pack(x, block, groups);
+            K::pack(x, block, groups, rounding);
         }
     }
 }
@@ -99,7 +101,7 @@ impl KQuant<16, 16> for Q2K {
     }
 
     #[inline(always)]
-    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>) {
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>, rounding: &mut impl Rounding) {
         const SCALE_TOP: f32 = 15.0;
         let Groups { scales, mins, mut levels } = groups;
         let (scale_inverse, top_scale) = inverse_of_top(&scales, SCALE_TOP);
@@ -112,7 +114,7 @@ impl KQuant<16, 16> for Q2K {
             block[group] = scale | min << 4;
             let range = 16 * group..16 * group + 16;
             let (d, d_min) = (d * f32::from(scale), d_min * f32::from(min));
-            requantize(&mut levels[range.clone()], &x[range], (d, d_min), (0, 3));
+            requantize(&mut levels[range.clone()], &x[range], (d, d_min), (0, 3), rounding);
         }
         put_two_bits(&mut block[16..80], &levels);
     }
@@ -130,7 +132,7 @@ impl KQuant<16, 16> for Q3K {
     }
 
     #[inline(always)]
-    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>) {
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>, rounding: &mut impl Rounding) {
         let Groups { scales, mut levels, .. } = groups;
         let extreme = first_extreme(&scales);
         let scale_inverse = if extreme == 0.0 { 0.0 } else { -32.0 / extreme };
@@ -143,7 +145,7 @@ impl KQuant<16, 16> for Q3K {
             packed[group % 8] |= (bits & 15) << (4 * (group / 8));
             packed[8 + group % 4] |= (bits >> 4) << (2 * (group / 4));
             let range = 16 * group..16 * group + 16;
-            requantize(&mut levels[range.clone()], &x[range], (d * scale as f32, 0.0), (-4, 3));
+            requantize(&mut levels[range.clone()], &x[range], (d * scale as f32, 0.0), (-4, 3), rounding);
         }
         block[96..108].copy_from_slice(&packed);
         put_high_bit(&mut block[..32], &levels, 2);
@@ -163,8 +165,8 @@ impl KQuant<8, 32> for Q4K {
     }
 
     #[inline(always)]
-    fn pack(x: &[f32], block: &mut [u8], mut groups: Groups<8>) {
-        scales_of_six_bits(x, block, &mut groups, 15);
+    fn pack(x: &[f32], block: &mut [u8], mut groups: Groups<8>, rounding: &mut impl Rounding) {
+        scales_of_six_bits(x, block, &mut groups, 15, rounding);
         put_four_bits(&mut block[16..], &groups.levels);
     }
 }
@@ -181,8 +183,8 @@ impl KQuant<8, 32> for Q5K {
     }
 
     #[inline(always)]
-    fn pack(x: &[f32], block: &mut [u8], mut groups: Groups<8>) {
-        scales_of_six_bits(x, block, &mut groups, 31);
+    fn pack(x: &[f32], block: &mut [u8], mut groups: Groups<8>, rounding: &mut impl Rounding) {
+        scales_of_six_bits(x, block, &mut groups, 31, rounding);
         put_high_bit(&mut block[16..48], &groups.levels, 4);
         put_four_bits(&mut block[48..], &groups.levels);
     }
@@ -200,10 +202,11 @@ impl KQuant<16, 16> for Q6K {
     }
 
     #[inline(always)]
-    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>) {
+    fn pack(x: &[f32], block: &mut [u8], groups: Groups<16>, rounding: &mut impl Rounding) {
         let Groups { scales, mut levels, .. } = groups;
         let extreme = first_extreme(&scales);
         if extreme.abs() < 1e-15 {
+            rounding.settle(x, &mut levels, 63, |_| 0.0);
             return block.fill(0);
         }
         let scale_inverse = -128.0 / extreme;
@@ -212,7 +215,7 @@ impl KQuant<16, 16> for Q6K {
             let scale = nearest(scale_inverse * scales[group], -128, 127);
             block[192 + group] = scale as u8;
             let range = 16 * group..16 * group + 16;
-            requantize(&mut levels[range.clone()], &x[range], (d * scale as f32, 0.0), (-32, 31));
+            requantize(&mut levels[range.clone()], &x[range], (d * scale as f32, 0.0), (-32, 31), rounding);
         }
         let (low, high) = block[..192].split_at_mut(128);
         let halves = levels.chunks_exact(128).zip(low.chunks_exact_mut(64)).zip(high.chunks_exact_mut(32));
@@ -246,7 +249,13 @@ fn weighted_affine<S: Simd>(simd: S, values: &[f32], grid: Grid) -> Found<32> {
 
 /// Writes the first 16 bytes of Q4_K and Q5_K, and moves the levels to where the rounded scales want them.
 #[inline(always)]
-fn scales_of_six_bits(x: &[f32], block: &mut [u8], groups: &mut Groups<8>, top_level: i32) {
+fn scales_of_six_bits(
+    x: &[f32],
+    block: &mut [u8],
+    groups: &mut Groups<8>,
+    top_level: i32,
+    rounding: &mut impl Rounding,
+) {
     const TOP: f32 = 63.0;
     let Groups { scales, mins, levels } = groups;
     let (scale_inverse, top_scale) = inverse_of_top(scales, TOP);
@@ -264,7 +273,7 @@ fn scales_of_six_bits(x: &[f32], block: &mut [u8], groups: &mut Groups<8>, top_l
     for group in 0..8 {
         let range = 32 * group..32 * group + 32;
         let (d, d_min) = (d * f32::from(scales[group]), d_min * f32::from(mins[group]));
-        requantize(&mut levels[range.clone()], &x[range], (d, d_min), (0, top_level));
+        requantize(&mut levels[range.clone()], &x[range], (d, d_min), (0, top_level), rounding);
     }
 }
 
@@ -281,15 +290,21 @@ fn first_extreme(values: &[f32]) -> f32 {
     values.iter().fold(0f32, |extreme, &value| if value.abs() > extreme.abs() { value } else { extreme })
 }
 
-/// The levels, counted from `low`, that lie nearest to x for the scale that is stored; where that is zero the search's stay.
+/// The levels, counted from `low`, for the scale that is stored: those nearest to x; where that is zero the search's stay.
 #[inline(always)]
-fn requantize(levels: &mut [u8], x: &[f32], (scale, min): (f32, f32), (low, high): (i32, i32)) {
-    if scale == 0.0 {
-        return;
+fn requantize(
+    levels: &mut [u8],
+    x: &[f32],
+    (scale, min): (f32, f32),
+    (low, high): (i32, i32),
+    rounding: &mut impl Rounding,
+) {
+    if scale != 0.0 {
+        for (level, &x) in levels.iter_mut().zip(x) {
+            *level = (nearest((x + min) / scale, low, high) - low) as u8;
+        }
     }
-    for (level, &x) in levels.iter_mut().zip(x) {
-        *level = (nearest((x + min) / scale, low, high) - low) as u8;
-    }
+    rounding.settle(x, levels, (high - low) as u8, |level| scale * (i32::from(level) + low) as f32 - min);
 }
 
 /// The low two bits of four levels that are 32 apart, a byte; 128 levels after each other.

@@ -6,6 +6,7 @@
 mod k;
 mod lanes;
 mod nf4;
+mod rounding;
 mod search;
 mod small;
 mod widen;
@@ -17,7 +18,10 @@ use rayon::prelude::*;
 
 use crate::{Error, Result};
 
+use rounding::{Measuring, Nearest, Rounding};
+
 pub use nf4::{Absmax, Nf4};
+pub(crate) use rounding::Directions;
 pub(crate) use small::dequantize_iq4_nl;
 pub(crate) use widen::widen;
 
@@ -192,6 +196,29 @@ pub(crate) struct Unfit {
 /// # Panics
 /// Where `out` is not as long as the values' blocks.
 pub(crate) fn quantize_blocks(dtype: BlockType, values: &[f32], out: &mut [u8]) -> Result<(), Unfit> {
+    round_blocks(dtype, values, out, Nearest)
+}
+
+/// As [`quantize_blocks`], of whole rows that a LoRA with this A was merged into: they keep what it changed.
+///
+/// # Errors
+/// As [`quantize_blocks`].
+///
+/// # Panics
+/// As [`quantize_blocks`], or where the values are no whole rows.
+pub(crate) fn quantize_merged(
+    dtype: BlockType,
+    values: &[f32],
+    out: &mut [u8],
+    directions: &Directions,
+) -> Result<(), Unfit> {
+    assert!(values.len().is_multiple_of(directions.columns()), "whole rows");
+    let mut measuring = Measuring::new(directions);
+    round_blocks(dtype, values, out, &mut measuring)?;
+    round_blocks(dtype, values, out, measuring.compensating())
+}
+
+fn round_blocks(dtype: BlockType, values: &[f32], out: &mut [u8], rounding: impl Rounding) -> Result<(), Unfit> {
     assert_eq!(values.len() / dtype.block_values() * dtype.block_bytes(), out.len(), "blocks of {dtype:?}");
     let limit = match dtype {
         BlockType::F32 => f32::MAX,
@@ -200,22 +227,24 @@ pub(crate) fn quantize_blocks(dtype: BlockType, values: &[f32], out: &mut [u8]) 
         BlockType::BF16 => f32::from_bits(0x7f7f_7fff),
         _ => LARGEST,
     };
-    lanes::with_widest(Blocks { dtype, values, out, limit })
+    lanes::with_widest(Blocks { dtype, values, out, limit, rounding })
 }
 
-struct Blocks<'a> {
+struct Blocks<'a, R> {
     dtype: BlockType,
     values: &'a [f32],
     out: &'a mut [u8],
     limit: f32,
+    rounding: R,
 }
 
-impl WithSimd for Blocks<'_> {
+impl<R: Rounding> WithSimd for Blocks<'_, R> {
     type Output = Result<(), Unfit>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let Self { dtype, values, out, limit } = self;
+        let Self { dtype, values, out, limit, mut rounding } = self;
+        let rounding = &mut rounding;
         // Folded without a branch, as a search for the first one would not be vectorized.
         if !values.iter().fold(true, |fits, value| fits & (value.abs() <= limit)) {
             return Err(first_unfit(values, limit));
@@ -230,17 +259,17 @@ impl WithSimd for Blocks<'_> {
             BlockType::BF16 => put_sixteen_bits(values, out, |values, part| {
                 values.iter().zip(part).for_each(|(&value, out)| *out = bf16::from_f32(value).to_le_bytes());
             }),
-            BlockType::Q4_0 => small::q4_0(values, out),
-            BlockType::Q4_1 => small::q4_1(values, out),
-            BlockType::Q5_0 => small::q5_0(values, out),
-            BlockType::Q5_1 => small::q5_1(values, out),
-            BlockType::Q8_0 => small::q8_0(values, out),
-            BlockType::IQ4NL => small::iq4_nl(simd, values, out),
-            BlockType::Q2K => k::quantize::<S, k::Q2K, 16, 16>(simd, values, out),
-            BlockType::Q3K => k::quantize::<S, k::Q3K, 16, 16>(simd, values, out),
-            BlockType::Q4K => k::quantize::<S, k::Q4K, 8, 32>(simd, values, out),
-            BlockType::Q5K => k::quantize::<S, k::Q5K, 8, 32>(simd, values, out),
-            BlockType::Q6K => k::quantize::<S, k::Q6K, 16, 16>(simd, values, out),
+            BlockType::Q4_0 => small::q4_0(values, out, rounding),
+            BlockType::Q4_1 => small::q4_1(values, out, rounding),
+            BlockType::Q5_0 => small::q5_0(values, out, rounding),
+            BlockType::Q5_1 => small::q5_1(values, out, rounding),
+            BlockType::Q8_0 => small::q8_0(values, out, rounding),
+            BlockType::IQ4NL => small::iq4_nl(simd, values, out, rounding),
+            BlockType::Q2K => k::quantize::<S, k::Q2K, 16, 16>(simd, values, out, rounding),
+            BlockType::Q3K => k::quantize::<S, k::Q3K, 16, 16>(simd, values, out, rounding),
+            BlockType::Q4K => k::quantize::<S, k::Q4K, 8, 32>(simd, values, out, rounding),
+            BlockType::Q5K => k::quantize::<S, k::Q5K, 8, 32>(simd, values, out, rounding),
+            BlockType::Q6K => k::quantize::<S, k::Q6K, 16, 16>(simd, values, out, rounding),
         }
         match first_infinite_scale(dtype, out) {
             None => Ok(()),

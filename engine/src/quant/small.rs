@@ -7,6 +7,7 @@ use half::f16;
 use pulp::Simd;
 
 use super::lanes::Lanes;
+use super::rounding::Rounding;
 use super::search::{NON_LINEAR, non_linear, non_linear_index};
 
 /// Values of a block.
@@ -16,35 +17,43 @@ type Levels = [u8; VALUES];
 
 /// 8-bit levels around zero.
 #[inline(always)]
-pub(super) fn q8_0(values: &[f32], out: &mut [u8]) {
+pub(super) fn q8_0(values: &[f32], out: &mut [u8], rounding: &mut impl Rounding) {
     for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(34)) {
         // Magnitudes order as their bits do.
         let largest = x.iter().map(|x| x.abs().to_bits()).max().unwrap_or(0);
         let scale = f32::from_bits(largest) / 127.0;
         let inverse = inverse(scale);
-        put(block, 0, scale);
-        for (byte, &x) in block[2..].iter_mut().zip(x) {
-            *byte = (x * inverse).round() as i32 as u8;
+        let scale = put(block, 0, scale);
+        // Counted from -127, as settling counts them.
+        let mut levels = [0; VALUES];
+        for (level, &x) in levels.iter_mut().zip(x) {
+            *level = ((x * inverse).round() as i32 + 127) as u8;
+        }
+        rounding.settle(x, &mut levels, 254, |level| scale * (i32::from(level) - 127) as f32);
+        for (byte, level) in block[2..].iter_mut().zip(levels) {
+            *byte = level.wrapping_sub(127);
         }
     }
 }
 
 /// 4-bit levels; the value of largest magnitude is level 0.
 #[inline(always)]
-pub(super) fn q4_0(values: &[f32], out: &mut [u8]) {
+pub(super) fn q4_0(values: &[f32], out: &mut [u8], rounding: &mut impl Rounding) {
     for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(18)) {
-        let (scale, levels) = around_zero(x, 8);
-        put(block, 0, scale);
+        let (scale, mut levels) = around_zero(x, 8);
+        let scale = put(block, 0, scale);
+        rounding.settle(x, &mut levels, 15, |level| scale * (i32::from(level) - 8) as f32);
         put_halves(&mut block[2..], &levels);
     }
 }
 
 /// As [`q4_0`] with 5-bit levels.
 #[inline(always)]
-pub(super) fn q5_0(values: &[f32], out: &mut [u8]) {
+pub(super) fn q5_0(values: &[f32], out: &mut [u8], rounding: &mut impl Rounding) {
     for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(22)) {
-        let (scale, levels) = around_zero(x, 16);
-        put(block, 0, scale);
+        let (scale, mut levels) = around_zero(x, 16);
+        let scale = put(block, 0, scale);
+        rounding.settle(x, &mut levels, 31, |level| scale * (i32::from(level) - 16) as f32);
         put_fifth_bits(&mut block[2..6], &levels);
         put_halves(&mut block[6..], &levels);
     }
@@ -52,22 +61,22 @@ pub(super) fn q5_0(values: &[f32], out: &mut [u8]) {
 
 /// 4-bit levels between the lowest and the highest value.
 #[inline(always)]
-pub(super) fn q4_1(values: &[f32], out: &mut [u8]) {
+pub(super) fn q4_1(values: &[f32], out: &mut [u8], rounding: &mut impl Rounding) {
     for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(20)) {
-        let (scale, min, levels) = between_extremes(x, 15);
-        put(block, 0, scale);
-        put(block, 2, min);
+        let (scale, min, mut levels) = between_extremes(x, 15);
+        let (scale, min) = (put(block, 0, scale), put(block, 2, min));
+        rounding.settle(x, &mut levels, 15, |level| scale * f32::from(level) + min);
         put_halves(&mut block[4..], &levels);
     }
 }
 
 /// As [`q4_1`] with 5-bit levels.
 #[inline(always)]
-pub(super) fn q5_1(values: &[f32], out: &mut [u8]) {
+pub(super) fn q5_1(values: &[f32], out: &mut [u8], rounding: &mut impl Rounding) {
     for (x, block) in values.chunks_exact(VALUES).zip(out.chunks_exact_mut(24)) {
-        let (scale, min, levels) = between_extremes(x, 31);
-        put(block, 0, scale);
-        put(block, 2, min);
+        let (scale, min, mut levels) = between_extremes(x, 31);
+        let (scale, min) = (put(block, 0, scale), put(block, 2, min));
+        rounding.settle(x, &mut levels, 31, |level| scale * f32::from(level) + min);
         put_fifth_bits(&mut block[4..8], &levels);
         put_halves(&mut block[8..], &levels);
     }
@@ -75,7 +84,7 @@ pub(super) fn q5_1(values: &[f32], out: &mut [u8]) {
 
 /// 4-bit levels whose values lie closer together near zero; the scale is searched for.
 #[inline(always)]
-pub(super) fn iq4_nl<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
+pub(super) fn iq4_nl<S: Simd>(simd: S, values: &[f32], out: &mut [u8], rounding: &mut impl Rounding) {
     let together = S::F32_LANES;
     for (values, out) in values.chunks(VALUES * together).zip(out.chunks_mut(18 * together)) {
         let scales = non_linear(&Lanes::<S>::gather::<VALUES>(simd, values));
@@ -86,7 +95,8 @@ pub(super) fn iq4_nl<S: Simd>(simd: S, values: &[f32], out: &mut [u8]) {
             for (level, &x) in levels.iter_mut().zip(x) {
                 *level = non_linear_index(inverse * x);
             }
-            put(block, 0, scale);
+            let scale = put(block, 0, scale);
+            rounding.settle(x, &mut levels, 15, |level| scale * NON_LINEAR[usize::from(level)]);
             put_halves(&mut block[2..], &levels);
         }
     }

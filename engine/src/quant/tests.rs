@@ -2,11 +2,14 @@
 //! hold.
 
 use proptest::prelude::*;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 use super::lanes::with_widest;
 use super::*;
 use crate::model::weights::Weight;
+use crate::testing::normal;
 
 /// Close to normal weights, with an outlier now and then, from a formula that any language can repeat.
 fn values(count: usize) -> Vec<f32> {
@@ -166,8 +169,8 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
-fn blocks<'a>(dtype: BlockType, values: &'a [f32], out: &'a mut [u8]) -> Blocks<'a> {
-    Blocks { dtype, values, out, limit: f32::MAX }
+fn blocks<'a, R>(dtype: BlockType, values: &'a [f32], out: &'a mut [u8], rounding: R) -> Blocks<'a, R> {
+    Blocks { dtype, values, out, limit: f32::MAX, rounding }
 }
 
 #[test]
@@ -176,14 +179,104 @@ fn the_width_of_registers_does_not_change_a_bit() {
     for dtype in BlockType::ALL {
         let mut narrow = vec![0; values.len() / dtype.block_values() * dtype.block_bytes()];
         let mut wide = narrow.clone();
-        Simd::vectorize(pulp::Scalar::new(), blocks(dtype, &values, &mut narrow)).expect("quantized");
-        with_widest(blocks(dtype, &values, &mut wide)).expect("quantized");
+        Simd::vectorize(pulp::Scalar::new(), blocks(dtype, &values, &mut narrow, Nearest)).expect("quantized");
+        with_widest(blocks(dtype, &values, &mut wide, Nearest)).expect("quantized");
         assert_eq!(narrow, wide, "{dtype:?}");
         #[cfg(target_arch = "x86_64")]
         if let Some(simd) = pulp::x86::V3::try_new() {
-            Simd::vectorize(simd, blocks(dtype, &values, &mut narrow)).expect("quantized");
+            Simd::vectorize(simd, blocks(dtype, &values, &mut narrow, Nearest)).expect("quantized");
             assert_eq!(narrow, wide, "{dtype:?}");
         }
+    }
+}
+
+/// A (rank, columns) and B A (rows, columns), whose values have that deviation.
+fn lora(rank: usize, (rows, columns): (usize, usize), deviation: f32) -> (Vec<f32>, Vec<f32>) {
+    let mut random = ChaCha8Rng::seed_from_u64(7);
+    let mut some = |count: usize| -> Vec<f32> { (0..count).map(|_| normal(&mut random)).collect() };
+    let (a, mut b) = (some(rank * columns), some(rows * rank));
+    b.iter_mut().for_each(|b| *b *= deviation / (rank as f32).sqrt());
+    let delta = |row: usize, column: usize| -> f32 {
+        (0..rank).map(|k| b[row * rank + k] * a[k * columns + column]).sum::<f32>()
+    };
+    let delta = (0..rows * columns).map(|at| delta(at / columns, at % columns)).collect();
+    (a, delta)
+}
+
+fn merged(dtype: BlockType, columns: usize, values: &[f32], a: &[f32]) -> Vec<f32> {
+    let mut stored = vec![0; values.len() / dtype.block_values() * dtype.block_bytes()];
+    quantize_merged(dtype, values, &mut stored, &Directions::new(a, columns)).expect("quantized");
+    let (rows, mut out) = (values.len() / columns, vec![f32::NAN; values.len()]);
+    let weight = Weight::from_bytes(&stored, dtype, (rows, columns)).expect("the right size");
+    weight.dequantize_rows(0..rows, &mut out).expect("all rows");
+    out
+}
+
+fn norm(values: impl IntoIterator<Item = f32>) -> f32 {
+    values.into_iter().map(|value| value * value).sum::<f32>().sqrt()
+}
+
+fn minus(x: &[f32], y: &[f32]) -> Vec<f32> {
+    x.iter().zip(y).map(|(x, y)| x - y).collect()
+}
+
+/// The norm of A e of all rows.
+fn seen(a: &[f32], columns: usize, errors: &[f32]) -> f32 {
+    let dot = |a: &[f32], e: &[f32]| a.iter().zip(e).map(|(a, e)| a * e).sum::<f32>();
+    norm(errors.chunks(columns).flat_map(|e| a.chunks(columns).map(move |a| dot(a, e))))
+}
+
+#[test]
+fn what_a_lora_changes_survives_in_levels_that_the_weights_had_before() {
+    const COLUMNS: usize = 2048;
+    let original = values(16 * COLUMNS);
+    for dtype in BlockType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+        let base = there_and_back(dtype, COLUMNS, &original);
+        let usual = norm(minus(&base, &original));
+        // About a seventh of the distance of two levels.
+        let deviation = usual / (original.len() as f32).sqrt() / 2.0;
+        for rank in [1, 5, 16] {
+            let (a, delta) = lora(rank, (16, COLUMNS), deviation);
+            let target: Vec<f32> = base.iter().zip(&delta).map(|(base, delta)| base + delta).collect();
+            let of = |found: &[f32]| {
+                let errors = minus(found, &target);
+                (seen(&a, COLUMNS, &errors) / seen(&a, COLUMNS, &delta), norm(errors) / usual)
+            };
+            let (nearest, _) = of(&there_and_back(dtype, COLUMNS, &target));
+            let (seen, own) = of(&merged(dtype, COLUMNS, &target, &a));
+            assert!(
+                seen < 0.1 && seen < nearest / 5.0,
+                "{dtype:?}, rank {rank}: {seen} of it is lost, {nearest} by rounding"
+            );
+            assert!(own < 1.0, "{dtype:?}, rank {rank}: errors {own} times those of a base");
+        }
+    }
+}
+
+#[test]
+fn without_a_direction_levels_are_the_nearest() {
+    let mut values = values(6 * 512);
+    values[512..1024].fill(0.0);
+    for dtype in BlockType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+        let found = merged(dtype, 512, &values, &[0.0; 3 * 512]);
+        assert_eq!(found, there_and_back(dtype, 512, &values), "{dtype:?}");
+    }
+}
+
+#[test]
+fn the_width_of_registers_does_not_change_a_merged_bit() {
+    let values = values(24 * 512);
+    let (a, _) = lora(9, (24, 512), 0.01);
+    let directions = Directions::new(&a, 512);
+    for dtype in BlockType::ALL.into_iter().filter(|dtype| dtype.is_quantized()) {
+        let mut narrow = vec![0; values.len() / dtype.block_values() * dtype.block_bytes()];
+        let mut wide = narrow.clone();
+        let mut measuring = Measuring::new(&directions);
+        let scalar = pulp::Scalar::new();
+        Simd::vectorize(scalar, blocks(dtype, &values, &mut narrow, &mut measuring)).expect("quantized");
+        Simd::vectorize(scalar, blocks(dtype, &values, &mut narrow, measuring.compensating())).expect("quantized");
+        quantize_merged(dtype, &values, &mut wide, &directions).expect("quantized");
+        assert_eq!(narrow, wide, "{dtype:?}");
     }
 }
 
