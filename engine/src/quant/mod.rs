@@ -1,7 +1,7 @@
 //! The block types that weights are stored in, and the way from f32 into them.
 //!
 //! The bytes are those of llama.cpp's reference quantization without an importance matrix, for any number of threads and any
-//! width of registers. (docs/decisions/006)
+//! width of registers (docs/decisions/006); rows that a LoRA was merged into have its scales and levels of their own (`rounding.rs`).
 
 mod k;
 mod lanes;
