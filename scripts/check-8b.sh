@@ -10,6 +10,8 @@ cd "$(dirname "$0")/.."
 . scripts/lib/server.sh
 [ -n "${LORAD_PROGRAM:-}" ] || fail "LORAD_PROGRAM must name a program that is built already"
 [ $# -ge 1 ] || fail "usage: check-8b.sh VOCABULARY.gguf [LAYERS] [STEPS]"
+[ -f "$1" ] || fail "there is no file $1: scripts/golden/llama3_vocabulary.py $1 writes it"
+python3 -c 'import numpy' 2>/dev/null || fail "python3 has no numpy: pip install numpy, in the environment whose python3 is first on the PATH"
 lorad=$LORAD_PROGRAM
 vocabulary=$1 layers=${2:-32} steps=${3:-60}
 

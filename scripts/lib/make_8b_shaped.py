@@ -155,6 +155,8 @@ def q4_k_blocks(source, deviation):
 def main():
     path, *rest = sys.argv[1:]
     layers, vocabulary, kind, tokenizer = rest + ["32", "128256", "f16", ""][len(rest):]
+    if kind not in ("f16", "q4_k"):
+        sys.exit(f"make_8b_shaped.py: the type is f16 or q4_k, not {kind}")
     kind, make, unit = {"f16": (F16, f16_values, 2), "q4_k": (Q4_K, q4_k_blocks, 144)}[kind]
     source, pools = numpy.random.default_rng(1), {}
     out, listed = header(int(layers), int(vocabulary), kind, tokenizer)

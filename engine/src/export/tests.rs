@@ -11,8 +11,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Delta, Deltas, ExportReport, Merge, Progress, Quantization, merged_gguf, merged_gguf_bytes};
 use crate::gguf::{GgufFile, TensorInfo, TensorSpec, Value, Writer};
-use crate::quant::BlockType;
+use crate::model::weights::dequantize_blocks;
 use crate::quant::tests::tolerance;
+use crate::quant::{BlockType, quantize};
 use crate::spec::{LoraSpec, Target};
 use crate::testing::TinyModel;
 use crate::{Error, Result};
@@ -122,6 +123,19 @@ fn every_tensor_is_base_plus_lora_in_the_targets_rounding() {
             let tolerance = largest * (levels * tolerance(dtype) + 1e-6);
             let difference = largest_difference(&reference, &found);
             assert!(difference <= tolerance, "{quantization:?} {name}: {difference} > {tolerance}");
+            if levels > 1.0 {
+                // All values together are about as close as with their nearest levels.
+                let flat = |tensor: &Tensor| -> Vec<f32> {
+                    tensor.flatten_all().and_then(|tensor| tensor.to_vec1()).expect("f32")
+                };
+                let wanted = flat(&reference);
+                let stored = quantize(dtype, tensor.columns(), &wanted).expect("quantized");
+                let mut nearest = vec![0.0; wanted.len()];
+                dequantize_blocks(dtype, &stored, &mut nearest).expect("read back");
+                let apart = |found: &[f32]| found.iter().zip(&wanted).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+                let (ours, least) = (apart(&flat(&found)), apart(&nearest));
+                assert!(ours <= 1.5 * least, "{quantization:?} {name}: {ours} apart, {least} with the nearest levels");
+            }
         }
     }
 }
